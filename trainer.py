@@ -117,8 +117,8 @@ def open_inputs(args, device, rank):
             for i, entry in enumerate(entries)
             if not heard and any(role != "assistant" for role, _, _ in dataset.clips_of(entry))]
     if setting != "false":
-        dataset.refuse(f"encode_audio_in_tokens is {encodes}, --return_audio_in_tokens {setting} (use auto or put "
-                       "references into assistant turns before start_index)", deaf)
+        dataset.refuse(f"encode_audio_in_tokens {encodes}, --return_audio_in_tokens {setting} (use auto, or "
+                       "put references into assistant turns before start_index)", deaf)
     elif deaf and rank == 0:
         print(f"warning: {len(deaf)} entries train deaf: {deaf[0][0]}: {deaf[0][1]}", file=sys.stderr)
     whisper = AutoProcessor.from_pretrained(args.whisper_processor) if config.encode_whisper_embed else None

@@ -67,6 +67,16 @@ def make_config(tokenizer, hidden=256, layers=2, vocab_size=512, **overrides):
     return HiggsAudioConfig(**{**settings, **overrides})
 
 
+def released_config():
+    """The shape of bosonai/higgs-audio-v2-generation-3B-base: 28 layers of 3072, 5,771,283,456 parameters."""
+    text = dict(model_type="llama", vocab_size=128256, hidden_size=3072, intermediate_size=8192, head_dim=128,
+                num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8)
+    return HiggsAudioConfig(
+        text_config=text, hidden_size=3072, audio_adapter_type="dual_ffn_fast_forward",
+        audio_dual_ffn_layers=list(range(28)), audio_num_codebooks=8, use_delay_pattern=True,
+        skip_audio_tower=True, encode_whisper_embed=False, encode_audio_in_tokens=True)
+
+
 def make_model(folder, seed=0, **config):
     """A random HiggsAudioModel with its text tokenizer, its heads drawn with std 3/sqrt(hidden).
 
