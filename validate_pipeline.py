@@ -49,7 +49,7 @@ def run(*command):
 
 
 def train(folder):
-    """Overfit the three entries on two ranks; then step 21 alone, after checkpoint-20, on one and two ranks."""
+    """Overfit the three entries on two ranks; then step 21 alone, from checkpoint-20, on one and on two."""
     common = ["trainer.py", "--train_manifest", folder / "train.json", "--base_ckpt", folder / "model",
               "--audio_tokenizer", folder / "codec", *OVERFIT]
     two_ranks = [*TORCHRUN, "--standalone", "--nproc_per_node=2", *common, "--batch_size", 2]
@@ -163,8 +163,9 @@ def check_targets(lab):
             modules = lora.find_target_modules(model.get_base_model())
             trainable = [p for p in model.parameters() if p.requires_grad]  # an A and a B for each module
             found.append((len(trainable) // 2, sum(p.numel() for p in trainable), len(modules)))
-    return found[1][:2] == (280, 39_452_672) and found[0][0] == 20, (
-        f"tiny {found[0][0]} modules, {found[0][1]:,} parameters; released shape {found[1][0]}, {found[1][1]:,}")
+    (tiny, small, _), (modules, parameters, _) = found
+    passed = (tiny, modules, parameters) == (20, 280, 39_452_672)
+    return passed, f"tiny {tiny} modules, {small:,} parameters; released shape {modules}, {parameters:,}"
 
 
 def check_scaling(lab):
@@ -248,7 +249,7 @@ def validate(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="a new or empty folder to leave everything in")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="new or empty, to leave everything in")
     args = parser.parse_args()
     with contextlib.nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as folder:
         folder = Path(folder).resolve()
