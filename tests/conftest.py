@@ -1,0 +1,66 @@
+"""The tiny checkpoint, built once a session, and the trainer's own view of manifests over its clips."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(tempfile.mkdtemp(prefix="tiny_checkpoint_"))
+# huggingface_hub reads these once, when it is imported: before any other import of ours
+os.environ.update(HF_HOME=f"{FOLDER}/huggingface", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import dataset  # noqa: E402
+import lora  # noqa: E402
+import trainer  # noqa: E402
+from tests import tiny_checkpoint  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Folder with model, codec, clips/ and train.json (see tiny_checkpoint.py)."""
+    tiny_checkpoint.make_everything(FOLDER)
+    yield FOLDER
+    shutil.rmtree(FOLDER)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process_group():
+    """A group of one rank, as trainer.py makes without torchrun: its functions ask for the world size."""
+    trainer.join_ranks()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def open_data(tiny, tmp_path_factory):
+    """Call it with entries (paths as in train.json) and flags: the StepDataset that trainer.py would train on."""
+    def open_data(entries, *flags, model=None):
+        manifest = tiny / f"manifest_{len(list(tiny.glob('manifest_*')))}.json"
+        manifest.write_text(json.dumps(entries))
+        args = trainer.parse_args([
+            f"--train_manifest={manifest}", f"--base_ckpt={model or tiny / 'model'}",
+            f"--audio_tokenizer={tiny / 'codec'}", f"--output_dir={tmp_path_factory.mktemp('out')}", *flags])
+        entries, clips, codec, tokenizer, collator, _ = trainer.open_inputs(args, torch.device("cpu"), rank=0)
+        trainer.encode_missing(clips, codec, torch.device("cpu"), num_workers=0)
+        return dataset.StepDataset(entries, clips, tokenizer, collator, args.batch_size, args.max_tokens)
+    return open_data
+
+
+@pytest.fixture
+def lora_model(tiny):
+    """A fresh PeftModel on the tiny base in float32, with B away from its initial zero so that A matters too."""
+    model = lora.attach(lora.load_base(tiny / "model", torch.float32, "cpu"), r=4, alpha=8, dropout=0.0, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+@pytest.fixture(scope="session")
+def entries(tiny):
+    """The entries of train.json, afresh from the file."""
+    return json.loads((tiny / "train.json").read_text())
