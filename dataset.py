@@ -20,7 +20,6 @@ import audioread
 import librosa
 import numpy as np
 import torch
-from boson_multimodal.audio_processing.higgs_audio_tokenizer import load_higgs_audio_tokenizer
 from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioSampleCollator
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare_chatml_sample
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -157,10 +156,10 @@ def load_waveform(sample_rate, part):
         source = io.BytesIO(base64.b64decode(part["raw_audio"])) if inline else part["audio_url"]
         wave, _ = librosa.load(source, sr=sample_rate)
     except DECODER_ERRORS as error:
-        return f"cannot be decoded ({type(error).__name__} {error}); convert it to wav"
+        return f"cannot be decoded ({type(error).__name__} {error}); write it again, as wav"
     if len(wave) < 0.1 * sample_rate:  # on less the codec's convolutions fail
         return f"lasts {len(wave) / sample_rate:.3f} s; the codec needs at least 0.1 s"
-    return wave if np.isfinite(wave).all() else "holds non-finite samples; write it again"
+    return wave
 
 
 def ignore_signals(_):
@@ -169,12 +168,11 @@ def ignore_signals(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def encode_clips(share, folder, device, num_workers, show):
+def encode_clips(share, codec, num_workers, show):
     """Encode one rank's share of find_clips' values, one by one (padding a batch of clips changes codes).
 
     A file appears whole or not at all. Raises PipelineError that lists all bad clips.
     """
-    codec = load_higgs_audio_tokenizer(str(folder), device=device)
     waves = DataLoader([part for _, _, part in share], batch_size=None, num_workers=num_workers,
                        collate_fn=functools.partial(load_waveform, codec.sampling_rate),
                        worker_init_fn=ignore_signals)

@@ -12,12 +12,13 @@ import shutil
 from pathlib import Path
 
 import torch
+from boson_multimodal.audio_processing.higgs_audio_tokenizer import load_higgs_audio_tokenizer
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig
 
 from dataset import PipelineError
 
@@ -51,6 +52,25 @@ def open_codec(name, config):
         raise PipelineError(f"--audio_tokenizer {name} has {codebooks} codebooks of {size}, the base needs "
                             f"{config.audio_num_codebooks} of {config.audio_codebook_size}")
     return folder, fingerprint
+
+
+def load_codec(folder, device):
+    """Load the codec onto `device`. Raises PipelineError where that fails, or it was never trained."""
+    try:
+        codec = load_higgs_audio_tokenizer(str(folder), device=str(device))
+    except (OSError, RuntimeError) as error:  # OSError: its HuBERT (bosonai/hubert_base) is not to be had
+        raise PipelineError(f"--audio_tokenizer {folder} cannot be loaded ({error})") from None
+    if not all(buffer.all() for name, buffer in codec.named_buffers() if name.endswith("inited")):
+        raise PipelineError(f"--audio_tokenizer {folder} has codebooks that were never trained")
+    return codec
+
+
+def open_whisper(name):
+    """The processor of checkpoints that embed Whisper features. Raises PipelineError where there is none."""
+    try:
+        return AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"--whisper_processor {name}: no processor there ({error})") from None
 
 
 def load_base(name, dtype, device):

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoProcessor, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 import dataset
 import lora
@@ -102,26 +102,25 @@ def open_inputs(args, device, rank):
     config, tokenizer = lora.open_base(args.base_ckpt)
     codec, fingerprint = lora.open_codec(args.audio_tokenizer, config)
     cache = args.code_cache or args.train_manifest.parent / "code_cache"
-    for flag, folder in (("--output_dir", args.output_dir), ("--code_cache", cache)):
+    for folder in (args.output_dir, cache):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PipelineError(f"{flag} {folder} cannot be made: {error}") from None
+            raise PipelineError(f"--output_dir or --code_cache cannot be made: {error}") from None
     clips = dataset.find_clips(entries, cache, f"{fingerprint} {device.type}")
 
-    # A clip in a user or system turn is heard as codes, if both collator and model take them, or by Whisper
+    # Clips of user and system turns are heard as codes, where collator and model take them, or by Whisper
     setting, encodes = args.return_audio_in_tokens, config.encode_audio_in_tokens
     follow = {"auto": encodes, "true": True, "false": False}[setting]
     heard = (follow and encodes) or config.encode_whisper_embed
-    deaf = [(f"entry {i}", "its reference clip, in a user or system turn, never reaches the model")
-            for i, entry in enumerate(entries)
+    deaf = [(f"entry {i}", "its reference clip never reaches the model") for i, entry in enumerate(entries)
             if not heard and any(role != "assistant" for role, _, _ in dataset.clips_of(entry))]
     if setting != "false":
         dataset.refuse(f"encode_audio_in_tokens {encodes}, --return_audio_in_tokens {setting} (use auto, or "
                        "put references into assistant turns before start_index)", deaf)
     elif deaf and rank == 0:
         print(f"warning: {len(deaf)} entries train deaf: {deaf[0][0]}: {deaf[0][1]}", file=sys.stderr)
-    whisper = AutoProcessor.from_pretrained(args.whisper_processor) if config.encode_whisper_embed else None
+    whisper = lora.open_whisper(args.whisper_processor) if config.encode_whisper_embed else None
     collator = dataset.build_collator(config, whisper, follow)
     return entries, clips, codec, tokenizer, collator, resumed
 
@@ -129,14 +128,17 @@ def open_inputs(args, device, rank):
 def encode_missing(clips, codec, device, num_workers):
     """Encode the clips that the cache lacks, each on one rank. Collective."""
     rank, plan = dist.get_rank(), [None]
-    if rank == 0:  # alone: another rank, looking later, might miss what the first one has begun to write
-        missing = [name for name, (file, _, _) in clips.items() if not file.exists()]
-        sizes = {name: os.path.getsize(name) if os.path.isabs(name) else len(name) for name in missing}
-        plan = [dataset.deal(missing, sizes, dist.get_world_size())]
+    if rank == 0:  # alone: the others, looking later, would find files that are being made
+        missing = {name: os.path.getsize(name) if name == part["audio_url"] else len(name)  # or inline
+                   for name, (file, _, part) in clips.items() if not file.exists()}
+        plan = [dataset.deal(missing, missing, dist.get_world_size())]
     dist.broadcast_object_list(plan)
     if any(plan[0]):
-        share = [clips[name] for name in plan[0][rank]]
-        on_all_ranks(dataset.encode_clips, share, codec, str(device), num_workers, rank == 0)
+        share = sorted((clips[name] for name in plan[0][rank]), key=lambda clip: clip[1])  # by entry
+        codec = on_all_ranks(lora.load_codec, codec, device)
+        on_all_ranks(dataset.encode_clips, share, codec, num_workers, rank == 0)
+    unseen = [(f"entry {entry}", file) for file, entry, _ in clips.values() if not file.exists()]
+    on_all_ranks(dataset.refuse, "codes unseen on this node; give a --code_cache that all share", unseen)
 
 
 def loss_sums(outputs, batch, counts, text_head):
@@ -169,8 +171,7 @@ def compute_gradients(model, text_head, micro_batches, device, bf16, counts):
     for i, (batch, own_counts) in enumerate(micro_batches):
         batch = {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
                  for name, value in batch.items()}
-        last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last else model.no_sync():
+        with model.no_sync() if i < len(micro_batches) - 1 else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 outputs = model(**batch)
                 losses = loss_sums(outputs, batch, own_counts, text_head)
@@ -180,10 +181,10 @@ def compute_gradients(model, text_head, micro_batches, device, bf16, counts):
 
 
 def rehearse(model, text_head, data, lengths, device, bf16):
-    """Forward and synchronised backward of the largest micro-batch, without an update, before the first step.
+    """Forward and synchronised backward of the largest micro-batch, no update: out-of-memory shows now.
 
-    Out-of-memory shows now. And DDP lays out its buckets anew after its first backward: from three ranks on
-    that changes the order of the sums, so that a resumed run would differ in the last bits.
+    And DDP lays out its buckets anew after its first backward, which from three ranks on changes the order of
+    sums: without this a resumed run would differ in the last bits.
     """
     room = 64 if data.max_tokens else data.batch_size
     longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-room:]
@@ -239,8 +240,8 @@ def main(args):
     run = dict(base_ckpt=args.base_ckpt, lora_r=args.lora_r, lora_alpha=args.lora_alpha, seed=args.seed,
                entries=len(entries), samples_per_step=samples_per_step)
     first = on_all_ranks(lora.restore, resumed, model, optimizer, schedule, run) if resumed else 0
-    for parameter in parameters:
-        dist.broadcast(parameter.data, src=0)  # and DDP need not send the whole frozen base (init_sync)
+    for parameter in parameters:  # DDP itself would send the whole frozen base (init_sync)
+        dist.broadcast(parameter.data, src=0)
     model = DistributedDataParallel(model.train(), broadcast_buffers=False, init_sync=False,
                                     gradient_as_bucket_view=True)
     rehearse(model, text_head, data, lengths, device, bf16)

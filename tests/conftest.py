@@ -19,6 +19,12 @@ import trainer  # noqa: E402
 from tests import tiny_checkpoint  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Fast tests first: those that start torchrun or train come last."""
+    last = ["test_training", "test_inputs", "test_ranks", "test_controls", "test_readme"]
+    items.sort(key=lambda item: last.index(item.path.stem) if item.path.stem in last else -1)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """Folder with model, codec, clips/ and train.json (see tiny_checkpoint.py)."""
@@ -37,23 +43,25 @@ def process_group():
 
 @pytest.fixture(scope="session")
 def open_data(tiny, tmp_path_factory):
-    """Call it with entries (paths as in train.json) and flags: the StepDataset that trainer.py would train on."""
+    """Call it with entries (paths as in train.json) and flags: the StepDataset that trainer.py trains on."""
     def open_data(entries, *flags, model=None):
         manifest = tiny / f"manifest_{len(list(tiny.glob('manifest_*')))}.json"
         manifest.write_text(json.dumps(entries))
         args = trainer.parse_args([
             f"--train_manifest={manifest}", f"--base_ckpt={model or tiny / 'model'}",
             f"--audio_tokenizer={tiny / 'codec'}", f"--output_dir={tmp_path_factory.mktemp('out')}", *flags])
-        entries, clips, codec, tokenizer, collator, _ = trainer.open_inputs(args, torch.device("cpu"), rank=0)
-        trainer.encode_missing(clips, codec, torch.device("cpu"), num_workers=0)
+        cpu = torch.device("cpu")
+        entries, clips, codec, tokenizer, collator, _ = trainer.open_inputs(args, cpu, rank=0)
+        trainer.encode_missing(clips, codec, cpu, num_workers=0)
         return dataset.StepDataset(entries, clips, tokenizer, collator, args.batch_size, args.max_tokens)
     return open_data
 
 
 @pytest.fixture
 def lora_model(tiny):
-    """A fresh PeftModel on the tiny base in float32, with B away from its initial zero so that A matters too."""
-    model = lora.attach(lora.load_base(tiny / "model", torch.float32, "cpu"), r=4, alpha=8, dropout=0.0, seed=0)
+    """A fresh PeftModel on the tiny base in float32; B is moved off its initial zero, so that A matters."""
+    base = lora.load_base(tiny / "model", torch.float32, "cpu")
+    model = lora.attach(base, r=4, alpha=8, dropout=0.0, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -1,0 +1,196 @@
+"""What else a user can get wrong, before the first step: clips, checkpoint, codec, folders, settings."""
+
+import base64
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+import torch
+from boson_multimodal.audio_processing.higgs_audio_tokenizer import load_higgs_audio_tokenizer
+from safetensors.torch import load_file, save_file
+
+import lora
+from dataset import PipelineError
+from tests import tiny_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TONE = tiny_checkpoint.speech_like(0.5, seed=7)
+
+
+def reply_with(clip):
+    return {"messages": [{"role": "user", "content": "hello"},
+                         {"role": "assistant", "content": {"type": "audio", "audio_url": str(clip)}}]}
+
+
+@pytest.fixture(scope="session")
+def bad_clips(tmp_path_factory):
+    """One file for each way in which a clip can be useless: {name: (path, what the error says)}."""
+    folder = tmp_path_factory.mktemp("bad")
+    not_a_number = TONE.copy()
+    not_a_number[100] = np.nan
+    contents = {
+        "empty": (b"", "cannot be decoded"),
+        "text": (b"this is no sound", "cannot be decoded"),
+        "cut header": (b"RIFF\x24\x00\x00\x00WAVEfmt ", "cannot be decoded"),
+        "no samples": (TONE[:0], "lasts 0.000 s"),
+        "too short": (TONE[:2000], "lasts 0.083 s; the codec needs at least 0.1 s"),
+        "not a number": (not_a_number, "cannot be decoded (ParameterError Audio buffer is not finite"),
+    }
+    for name, (content, _) in contents.items():
+        if isinstance(content, bytes):
+            (folder / f"{name}.wav").write_bytes(content)
+        else:
+            soundfile.write(folder / f"{name}.wav", content, 24_000, subtype="FLOAT")
+    return {name: (folder / f"{name}.wav", message) for name, (_, message) in contents.items()}
+
+
+def test_all_bad_clips_are_reported_at_once(open_data, bad_clips):
+    with pytest.raises(PipelineError) as error:
+        open_data([reply_with(clip) for clip, _ in bad_clips.values()])
+    for i, (clip, message) in enumerate(bad_clips.values()):
+        assert f"entry {i}: {clip}: {message}" in str(error.value)
+
+
+def test_non_finite_samples_are_found_after_resampling_too(open_data, tmp_path):
+    wave = tiny_checkpoint.speech_like(0.5, seed=7, sample_rate=44_100)
+    wave[100] = np.inf
+    soundfile.write(tmp_path / "a.wav", wave, 44_100, subtype="FLOAT")
+    with pytest.raises(PipelineError, match="a.wav: cannot be decoded .* not finite everywhere"):
+        open_data([reply_with(tmp_path / "a.wav")])
+
+
+@pytest.mark.parametrize("rate, channels, suffix", [
+    (24_000, 1, "wav"), (44_100, 2, "wav"), (16_000, 1, "flac"), (48_000, 2, "mp3"), (22_050, 1, "ogg")])
+def test_codes_are_those_of_inference(open_data, tiny, tmp_path, rate, channels, suffix):
+    """Any rate, mono or stereo, as a file or inline: the codes that HiggsAudioServeEngine computes."""
+    wave = tiny_checkpoint.speech_like(0.6, seed=3, sample_rate=rate)
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, np.stack([wave] * channels, axis=1), rate)
+    inline = reply_with("placeholder")
+    inline["messages"][1]["content"]["raw_audio"] = base64.b64encode(path.read_bytes()).decode()
+    data = open_data([reply_with(path), inline])
+    codec = load_higgs_audio_tokenizer(str(tiny / "codec"), device="cpu")
+    wave, _ = librosa.load(path, sr=codec.sampling_rate)
+    expected = codec.encode(wave, codec.sampling_rate).squeeze(0)
+    for i in range(2):
+        assert torch.equal(data.sample(i)[1].audio_ids_concat, expected)
+
+
+@pytest.mark.parametrize("flag, value, message", [
+    ("--base_ckpt", "/nowhere/model", "--base_ckpt /nowhere/model: no Higgs Audio checkpoint there"),
+    ("--base_ckpt", "nobody/nothing", "--base_ckpt nobody/nothing: no Higgs Audio checkpoint there"),
+    ("--audio_tokenizer", "/nowhere/codec", "--audio_tokenizer /nowhere/codec: no codec there"),
+    ("--code_cache", "/dev/null/cache", "--code_cache cannot be made: .*'/dev/null/cache'"),
+    ("--output_dir", "/dev/null/out", "--output_dir or --code_cache cannot be made: .*'/dev/null/out'"),
+    ("--resume_from_checkpoint", "/nowhere/checkpoint-1", "--resume_from_checkpoint /nowhere/checkpoint-1: "),
+])
+def test_what_is_not_there(open_data, entries, flag, value, message):
+    with pytest.raises(PipelineError, match=message):
+        open_data(entries, f"{flag}={value}")
+
+
+def test_a_checkpoint_of_another_model(open_data, entries, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(PipelineError, match="is llama, not higgs_audio"):
+        open_data(entries, f"--base_ckpt={tmp_path}")
+
+
+def test_a_checkpoint_without_some_weights(tiny, tmp_path):
+    """transformers only warns, and goes on with random numbers."""
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    tensors = load_file(weights)
+    del tensors["norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(PipelineError, match="lacks the weights .'norm.weight'."):
+        lora.load_base(tmp_path / "model", torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("change, seen", [({"n_q": 4}, "4 codebooks of 1024"),
+                                          ({"bins": 512}, "8 codebooks of 512")])
+def test_a_codec_that_does_not_fit(open_data, entries, tiny, tmp_path, change, seen):
+    config = json.loads((tiny / "codec/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    (tmp_path / "model.pth").symlink_to(tiny / "codec/model.pth")
+    with pytest.raises(PipelineError, match=f"has {seen}, the base needs 8 of 1024"):
+        open_data(entries, f"--audio_tokenizer={tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "checkpoint-5/trainer_state.pt"])
+def test_an_output_folder_in_use(open_data, entries, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(PipelineError, match="already holds an adapter or checkpoints; choose"):
+        open_data(entries, f"--output_dir={tmp_path}")
+
+
+def test_deaf_training_is_refused_unless_asked_for(open_data, entries, tiny, tmp_path, capsys):
+    """On a checkpoint that takes no codes of references, and under serve_engine.py's own collator setting."""
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"encode_audio_in_tokens": False}))
+    for setting in ("auto", "true"):
+        with pytest.raises(PipelineError, match="entry 0: its reference clip.* never reaches the model"):
+            open_data(entries, f"--base_ckpt={tmp_path / 'model'}", f"--return_audio_in_tokens={setting}")
+    open_data(entries, "--return_audio_in_tokens=false")
+    assert "warning: 3 entries train deaf" in capsys.readouterr().err
+
+
+def test_the_masked_layout_is_heard_under_every_setting(open_data, tiny, capsys):
+    turns = [turn for clip in ("voice_a", "target_a") for turn in reply_with(f"clips/{clip}.wav")["messages"]]
+    open_data([{"messages": turns, "start_index": 3}], "--return_audio_in_tokens=false")
+    assert "deaf" not in capsys.readouterr().err
+
+
+def test_a_second_run_encodes_nothing(open_data, entries, monkeypatch):
+    open_data(entries)
+    monkeypatch.setattr(lora, "load_codec", None)  # calling it would raise TypeError
+    open_data(entries)
+
+
+def launch(*command):
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_one_bad_clip_ends_all_ranks_with_one_message(tiny, tmp_path, bad_clips):
+    """Only the rank that was dealt the clip sees it: the others must neither hang nor go on."""
+    manifest = tmp_path / "train.json"
+    clips = bad_clips["text"][0], tiny / "clips/voice_b.wav"
+    manifest.write_text(json.dumps([reply_with(clip) for clip in clips]))
+    flags = ["trainer.py", "--train_manifest", manifest, "--output_dir", tmp_path / "out", "--base_ckpt",
+             tiny / "model", "--audio_tokenizer", tiny / "codec"]
+    done = launch(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags)
+    ours = done.stderr.split("torch/distributed/elastic")[0].split("ChildFailedError")[0]
+    assert done.returncode == 1 and done.stderr.count("error: clips: 1 problem(s)") == 1
+    assert f"entry 0: {bad_clips['text'][0]}: cannot be decoded" in ours
+    assert "trainer.py\", line" not in done.stderr and not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_one_process_exits_1_without_a_traceback(tmp_path):
+    manifest = tmp_path / "none.json"
+    done = launch(sys.executable, "trainer.py", "--train_manifest", manifest, "--output_dir", tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: manifest {manifest} cannot be read")
+
+
+def test_codec_and_processor_that_do_not_load(tiny, tmp_path):
+    """Found when they are loaded: weights of another shape, codebooks without training, no processor."""
+    shutil.copytree(tiny / "codec", tmp_path / "codec", ignore=shutil.ignore_patterns("model.pth"))
+    weights = torch.load(tiny / "codec/model.pth")
+    for name in weights:
+        if name.endswith("inited"):
+            weights[name].zero_()
+    torch.save(weights, tmp_path / "codec/model.pth")
+    with pytest.raises(PipelineError, match="codebooks that were never trained"):
+        lora.load_codec(tmp_path / "codec", "cpu")
+    torch.save({name: value[..., :1] for name, value in weights.items()}, tmp_path / "codec/model.pth")
+    with pytest.raises(PipelineError, match="(?s)cannot be loaded .*size mismatch"):
+        lora.load_codec(tmp_path / "codec", "cpu")
+    with pytest.raises(PipelineError, match="--whisper_processor /nowhere/whisper: no processor there"):
+        lora.open_whisper("/nowhere/whisper")

@@ -1,0 +1,90 @@
+"""The README's commands: those on the embedded default run as printed, the others must parse."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trainer
+from dataset import load_manifest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+ROWS = ["Bit-for-bit preprocessing", "Identical forward kwargs", "Reference audio is heard",
+        "Dual loss computation", "DualFFN LoRA targeting", "DDP scaling", "LoRA-only checkpoints",
+        "It learns what inference runs"]
+
+
+def blocks(language, having):
+    return [text for kind, text in BLOCKS if kind == language and having in text]
+
+
+def test_every_block_is_known():
+    """A command that no test looks at would rot: each bash block is installed, tested, run or parsed."""
+    known = ("pip install", "pytest tests", "tiny/", "bosonai/")
+    assert all(any(word in text for word in known) for kind, text in BLOCKS if kind == "bash")
+
+
+def test_commands_for_the_released_checkpoint_parse():
+    commands = blocks("bash", "bosonai/")
+    for command in commands:
+        words = shlex.split(command.replace("\\\n", " "))
+        args = trainer.parse_args(words[words.index("trainer.py") + 1:])
+        defaults = trainer.parse_args(["--train_manifest=train.json", "--output_dir=out"])
+        assert args == defaults  # "These values are also the defaults"
+    assert commands
+
+
+def test_the_manifest_is_one(tiny):
+    [text] = blocks("json", "messages")
+    (tiny / "readme.json").write_text(text)
+    assert len(load_manifest(tiny / "readme.json")) == 2 and json.loads(text)[1]["start_index"] == 3
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the repository, as a newcomer has it, and the environment without ours."""
+    folder = tmp_path_factory.mktemp("clone") / "repo"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "tiny"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return folder, environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def run_in(folder, environment, *command):
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def step_by_step(clone):
+    folder, environment = clone
+    [commands] = blocks("bash", "--keep tiny")
+    return run_in(folder, environment, "bash", "-e", "-c", commands)
+
+
+def test_the_embedded_default_passes_and_trains(step_by_step):
+    """validate_pipeline.py's table and last lines, then training on what it keeps, as printed."""
+    assert step_by_step.returncode == 0, step_by_step.stdout + step_by_step.stderr
+    lines = step_by_step.stdout.splitlines()
+    assert [line[6:].split(":")[0] for line in lines if line.startswith("pass  ")] == ROWS
+    end = lines.index("🎉 ALL VALIDATION TESTS PASSED!")
+    assert lines[end + 1] == "📋 Ready for training with torchrun command..."
+    [command] = blocks("bash", "bosonai/")
+    assert "\n".join(lines[end + 2 :]).startswith(command.strip())
+    assert json.loads(lines[-1])["step"] == 120 and json.loads(lines[-1])["loss"] < 0.05
+
+
+def test_the_answer_is_heard(clone, step_by_step):
+    """The listening script: upstream's engine, the adapter on top; 30 frames are 1.2 s."""
+    folder, environment = clone
+    hub = {"HF_HOME": f"{folder}/tiny/huggingface", "HF_HUB_OFFLINE": "1"}
+    [script] = blocks("python", "HiggsAudioServeEngine")
+    done = run_in(folder, environment | hub, sys.executable, "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("1.2 seconds of <|audio_out_bos|>")
+    assert (folder / "tiny/answer.wav").stat().st_size > 24_000

@@ -1,0 +1,148 @@
+"""Samples, counts, steps and checkpoints; in process where that is enough, else by `python trainer.py`."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from transformers import AutoTokenizer
+
+import lora
+import trainer
+from tests.test_inputs import ROOT
+from tests.tiny_checkpoint import make_config
+
+VOICE, TARGET_A, TARGET_B = ({"type": "audio", "audio_url": f"clips/{name}.wav"}
+                             for name in ("voice_a", "target_a", "target_b"))
+
+
+def turns(*contents):
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+LAYOUTS = {
+    "text only": {"messages": turns("hello", "good day")},
+    "two clips": {"messages": turns([VOICE, "two"], [TARGET_A, "and", TARGET_B])},
+    "reference masked": {"messages": turns("first", [VOICE], "second", [TARGET_A]), "start_index": 3},
+    "text then audio": {"messages": turns([VOICE, "say it"], ["so it is", TARGET_B])},
+    "in the system": {"messages": [{"role": "system", "content": ["like", VOICE]}, *turns("go", TARGET_A)]},
+}
+
+
+def test_epoch_two_trains_the_labels_of_epoch_one(open_data, entries):
+    """Catches a dataset that keeps its samples: upstream's collator writes -100 into them."""
+    data = open_data(entries)
+    first, second = (data[[0, 1, 2], True] for _ in range(2))
+    for (batch, counts), (again, counts_again) in zip(first, second, strict=True):
+        assert torch.equal(counts, counts_again) and counts[1] > 0
+        assert torch.equal(batch["label_audio_ids"], again["label_audio_ids"])
+        assert torch.equal(batch["label_ids"], again["label_ids"])
+
+
+@pytest.mark.parametrize("name, text, clips", [
+    # text labels: the reply's bytes, and for each clip <|audio_out_bos|> <|audio_eos|>, and <|eot_id|>
+    ("text only", 8 + 1, 0), ("two clips", 3 + 2 * 2 + 1, 2), ("reference masked", 2 + 1, 1),
+    ("text then audio", 8 + 2 + 1, 1), ("in the system", 2 + 1, 1)])
+def test_only_the_trained_reply_is_labelled(open_data, name, text, clips):
+    """Catches a masked turn with loss, a reply without, and an end of stream that is not trained."""
+    [(batch, counts)] = open_data([LAYOUTS[name]])[[0], True]
+    assert counts[0] == text
+    if not clips:
+        assert counts[1:-3].sum() == 0 and batch["label_audio_ids"].numel() == 0
+        return
+    starts = [*batch["audio_out_ids_start"].tolist(), batch["label_audio_ids"].shape[1]]
+    trained = [(batch["label_audio_ids"][:, a:b] != -100).sum(1) for a, b in zip(starts, starts[1:])]
+    assert sum(bool(labels.any()) for labels in trained) == clips  # the masked one is there, unlabelled
+    frames = [b - a - 9 for a, b in zip(starts, starts[1:])]
+    expected = sum(n + 1 for n, labels in zip(frames, trained) if labels.any())  # every frame, and the end
+    assert counts[1:-3].tolist() == [expected] * 8
+
+
+def test_counts_are_those_of_the_forward(open_data, lora_model):
+    """Catches a count taken on labels that upstream's merge moves or drops; and wrong position figures."""
+    data = open_data(list(LAYOUTS.values()), "--batch_size=3")
+    for batch, counts in data[list(range(len(LAYOUTS))), True]:
+        outputs = lora_model(**batch)
+        assert counts[0] == (outputs.expanded_labels[:, 1:] != -100).sum()
+        assert counts[-3:].tolist() == [len(batch["input_ids"]), counts[-2], outputs.logits[..., 0].numel()]
+        positions = outputs.attention_mask.sum(1)  # (B,); ours are rounded up to 8, as upstream pads
+        assert counts[-2] == (-(-positions // 8) * 8).sum()
+
+
+def test_a_sample_that_is_not_trained_has_no_label_and_zero_gradient(open_data, entries, lora_model):
+    """What a rank without a sample runs: catches NaN from an empty sum, and a gradient that is missing."""
+    [(batch, counts)] = open_data(entries)[[0], False]
+    assert counts[:-2].sum() == 0
+    head = lora.take_text_head(lora_model)
+    trainer.loss_sums(lora_model(**batch), batch, counts, head).sum().backward()
+    gradients = [p.grad for p in lora_model.parameters() if p.requires_grad]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("gradient", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_not_applied(gradient):
+    """Catches clipping by NaN, which would turn every weight into NaN."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    weight.grad = torch.tensor([1.0, gradient, 1.0])
+    assert not trainer.update(optimizer, schedule, [weight], 1.0).isfinite()
+    assert torch.equal(weight, torch.ones(3)) and not optimizer.state[weight]["exp_avg"].any()
+    weight.grad = torch.ones(3)
+    assert trainer.update(optimizer, schedule, [weight], 1.0).isfinite() and (weight < 1).all()
+
+
+@pytest.mark.parametrize("overrides, modules", [
+    ({}, 20), ({"use_audio_out_self_attention": True}, 28), ({"audio_dual_ffn_layers": [1]}, 17),
+    ({"skip_audio_tower": False, "encode_whisper_embed": True}, 20),
+    ({"audio_adapter_type": "stack", "audio_dual_ffn_layers": None}, 14)])
+def test_targets_follow_the_model(tiny, overrides, modules):
+    """Catches LoRA on the Whisper tower, and projections missed where a checkpoint has more of them."""
+    with torch.device("meta"):
+        model = HiggsAudioModel(make_config(AutoTokenizer.from_pretrained(tiny / "model"), **overrides))
+    names = lora.find_target_modules(model)
+    assert len(names) == modules and all(name.startswith("layers.") for name in names)
+    attached = lora.attach(model, 4, 8, 0.0, seed=0)
+    assert sum(parameter.requires_grad for parameter in attached.parameters()) == 2 * modules
+
+
+def run(tiny, out, *flags):
+    command = [sys.executable, "trainer.py", "--base_ckpt", tiny / "model", "--output_dir", out,
+               "--audio_tokenizer", tiny / "codec", "--logging_steps", 1, *flags]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_layout_trains(tiny, tmp_path):
+    """In bfloat16, with recomputed layers and a token budget; the metrics are whole and finite."""
+    manifest = tiny / "layouts.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, LAYOUTS.values())))
+    [step] = run(tiny, tmp_path, "--train_manifest", manifest, "--precision", "bf16", "--batch_size", 5,
+                 "--gradient_checkpointing", "--max_tokens", 300, "--epochs", 1, "--grad_accum", 1)
+    assert set(step) == {
+        "step", "epoch", "loss", "text_loss", "audio_loss", "audio_loss_per_codebook", "lr", "grad_norm",
+        "samples_per_s", "tokens_per_s", "padding", "data_wait", "max_memory_gb"}
+    assert step["step"] == 1 and step["epoch"] == 1.0 and len(step["audio_loss_per_codebook"]) == 8
+    assert np.isfinite([step["loss"], step["grad_norm"]]).all() and 0 <= step["padding"] < 0.5
+    assert step["loss"] == pytest.approx(step["text_loss"] + np.mean(step["audio_loss_per_codebook"]))
+
+
+def test_a_resumed_run_ends_where_the_straight_one_does(tiny, tmp_path):
+    """Bit for bit, with dropout: catches an optimizer, schedule or order that starts anew. Prunes, too."""
+    flags = ["--train_manifest", tiny / "train.json", "--max_steps", 6, "--save_steps", 2, "--batch_size", 1,
+             "--grad_accum", 2, "--save_total_limit", 2, "--lr", "1e-2"]
+    straight = run(tiny, tmp_path / "straight", *flags)
+    kept = sorted(path.name for path in tmp_path.glob("straight/checkpoint-*"))
+    assert kept == ["checkpoint-4", "checkpoint-6"]
+    shutil.copytree(tmp_path / "straight/checkpoint-4", tmp_path / "resumed/checkpoint-4")
+    resumed = run(tiny, tmp_path / "resumed", *flags, "--resume_from_checkpoint", "auto")
+    assert [step["loss"] for step in resumed] == [step["loss"] for step in straight[4:]]
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes()
+               for name in ("straight", "resumed")]
+    assert weights[0] == weights[1]
