@@ -108,7 +108,6 @@ def open_inputs(args, device, rank):
         except OSError as error:
             raise PipelineError(f"--output_dir or --code_cache cannot be made: {error}") from None
     clips = dataset.find_clips(entries, cache, f"{fingerprint} {device.type}")
-
     # Clips of user and system turns are heard as codes, where collator and model take them, or by Whisper
     setting, encodes = args.return_audio_in_tokens, config.encode_audio_in_tokens
     follow = {"auto": encodes, "true": True, "false": False}[setting]

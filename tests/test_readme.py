@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import trainer
+import validate_pipeline
 from dataset import load_manifest
 
 ROOT = Path(__file__).parent.parent
@@ -88,3 +89,18 @@ def test_the_answer_is_heard(clone, step_by_step):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("1.2 seconds of <|audio_out_bos|>")
     assert (folder / "tiny/answer.wav").stat().st_size > 24_000
+
+
+def test_a_failed_check_is_named(monkeypatch, tmp_path):
+    """Catches a validation that prints its last lines whatever happened."""
+    hub = {"HF_HOME": f"{tmp_path}/huggingface", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    for name, value in hub.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["validate_pipeline.py", "--keep", str(tmp_path)])
+    for name in ("train", "open_lab"):
+        monkeypatch.setattr(validate_pipeline, name, lambda folder: None)
+    monkeypatch.setattr(validate_pipeline.tiny_checkpoint, "make_everything", lambda folder: None)
+    table = {"good": lambda lab: (True, "1"), "bad": lambda lab: (False, "0")}
+    monkeypatch.setattr(validate_pipeline, "TABLE", table)
+    with pytest.raises(SystemExit, match="^FAILED: bad$"):
+        validate_pipeline.main()
