@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import uuid
-from pathlib import Path
 
 import audioread
 import librosa
@@ -52,12 +51,12 @@ def refuse(source, problems):
 
 
 def load_manifest(path):
-    """Read a JSON array or JSONL of ChatML entries; PipelineError lists all bad ones.
+    """Read a JSON array or JSONL of ChatML entries from a pathlib.Path; PipelineError lists all bad ones.
 
     Returns a list of dicts whose contents are lists and whose audio paths are absolute.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise PipelineError(f"manifest {path} cannot be read as UTF-8 text: {error}") from None
     pieces = [("the file", text)]
@@ -80,9 +79,10 @@ def check_entry(entry, folder):
     """List what is wrong with one entry, above all what upstream would take in silence, but wrongly."""
     if not isinstance(entry, dict) or not isinstance(entry.get("messages"), list):
         return ['is not ChatML; expected {"messages": [{"role": ..., "content": ...}, ...]}']
-    start, turns = entry.get("start_index") or 0, list(enumerate(entry["messages"]))
+    start = 0 if entry.get("start_index") is None else entry["start_index"]
     if not isinstance(start, int) or start < 0:
         return [f'"start_index" is {start!r}; expected null or the number of the first turn to train']
+    turns = list(enumerate(entry["messages"]))
     problems = [f"messages[{i}]: {what}" for i, turn in turns for what in check_turn(turn, i < start, folder)]
     if not problems and not any(i >= start and turn["role"] == "assistant" for i, turn in turns):
         return [f"has no assistant turn at or after start_index {start}; nothing would be trained"]
@@ -128,8 +128,7 @@ def check_part(part, folder):
         return f"{url}: has an offset, but inference reads whole files; cut it to a file of its own"
     if url in PLACEHOLDERS:
         return None if part.get("raw_audio") else f"audio_url is {url!r} without raw_audio; give one of them"
-    if "://" not in url:
-        url = part["audio_url"] = os.path.abspath(os.path.join(folder, url))
+    url = part["audio_url"] = url if "://" in url else os.path.abspath(os.path.join(folder, url))
     return None if is_file(url) else f"{url}: no such file; expected a local path, from the manifest's folder"
 
 
@@ -140,12 +139,16 @@ def clips_of(entry):
 
 
 def find_clips(entries, cache, fingerprint):
-    """The distinct clips, {name: (file of its codes, an entry that has it, content)}."""
-    clips = {name: (i, part) for i, entry in enumerate(entries) for _, part, name in clips_of(entry)}
-    for name, (i, part) in clips.items():
-        stat = os.stat(name) if name == part["audio_url"] else None
-        identity = [fingerprint, name, stat and (os.path.realpath(name), stat.st_size, stat.st_mtime_ns)]
-        clips[name] = (cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.npy", i, part)
+    """The distinct clips, {name: (file of its codes, first entry that has it, content)}."""
+    clips = {}
+    for i, entry in enumerate(entries):
+        for _, part, name in [clip for clip in clips_of(entry) if clip[2] not in clips]:
+            identity = [fingerprint, name]
+            if name == part["audio_url"]:
+                stat = os.stat(name)
+                identity = [fingerprint, os.path.realpath(name), stat.st_size, stat.st_mtime_ns]
+            digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+            clips[name] = (cache / f"{digest}.npy", i, part)
     return clips
 
 
@@ -194,9 +197,8 @@ def measure(entries, clips, collator):
     lengths, problems = [], []
     for i, entry in enumerate(entries):
         audio = [(role == "assistant", frames[name]) for role, _, name in clips_of(entry)]
-        longest = max((length for spoken, length in audio if not spoken), default=0)
-        mixed = sorted(audio, key=lambda clip: clip[0]) != audio
-        if collator.encode_whisper_embed and (mixed or longest >= WHISPER_FRAMES):
+        whole = all(spoken or length < WHISPER_FRAMES for spoken, length in audio)
+        if collator.encode_whisper_embed and not (whole and audio == sorted(audio, key=lambda c: c[0])):
             problems.append((f"entry {i}", "Whisper needs references under 30 s, before all spoken clips"))
         texts = [part.get("text", "") for turn in entry["messages"] for part in turn["content"]]
         codes = sum(length + 9 for spoken, length in audio if spoken or collator.return_audio_in_tokens)
@@ -280,8 +282,8 @@ class StepDataset(Dataset):
 
     def collate(self, lengths, samples, trained):
         batch = vars(self.collator(list(samples)))
-        labels = [batch["label_ids"], *batch["label_audio_ids"]]  # of text and codebooks, if there is a clip
-        labels = [label if trained else label.fill_(-100) for label in labels]
+        labels = [batch["label_ids"], *batch["label_audio_ids"]]  # of text and, where a clip is, of codebooks
+        labels = labels if trained else [label.fill_(-100) for label in labels]
         counts = torch.zeros(self.collator.audio_num_codebooks + 4, dtype=torch.long)
         counts[: len(labels)] = torch.tensor([(label[..., 1:] != -100).sum() for label in labels])
         counts[-3:] = torch.tensor([len(samples) * trained, sum(lengths), len(samples) * lengths[0]])

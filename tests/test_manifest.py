@@ -71,6 +71,7 @@ BAD_ENTRIES = {
     "no assistant": ([entry({"role": "user", "content": "hello"})], "entry 0: has no assistant turn"),
     "all masked": ([entry(REPLY, start_index=1)], "has no assistant turn at or after start_index 1"),
     "start_index string": ([entry(start_index="1")], '"start_index" is .1.; expected'),
+    "start_index empty": ([entry(start_index="")], '"start_index" is ..; expected'),
     "start_index float": ([entry(start_index=1.5)], '"start_index" is 1.5; expected'),
     "start_index negative": ([entry(start_index=-1)], '"start_index" is -1; expected'),
     "missing clip": ([user({**CLIP, "audio_url": "clips/none.wav"})], "clips/none.wav: no such file"),
