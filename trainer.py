@@ -8,15 +8,16 @@ Without torchrun: one process. --output_dir receives the adapter, checkpoint-<st
 """
 
 import argparse
+import atexit
 import contextlib
 import json
+import multiprocessing
 import os
 import sys
 import time
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -42,8 +43,7 @@ def parse_args(argv=None):
     add("--audio_tokenizer", default="bosonai/higgs-audio-v2-tokenizer", help="the codec, likewise")
     add("--whisper_processor", default="openai/whisper-large-v3-turbo", help="where the base embeds Whisper")
     add("--return_audio_in_tokens", choices=["auto", "true", "false"], default="auto",
-        help="give the model the codes of user and system clips: auto follows the base's config; false is "
-             "serve_engine.py to the letter, which on the released checkpoint is deaf to them")
+        help="whether user and system clips reach the model as codes: auto as its config says; false is deaf")
     add("--lora_r", type=int, default=16)
     add("--lora_alpha", type=int, default=32)
     add("--lora_dropout", type=float, default=0.05)
@@ -71,8 +71,7 @@ def parse_args(argv=None):
 
 def join_ranks():
     """Join the process group; return (rank, world_size, device). Without torchrun: a group of one."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -82,7 +81,7 @@ def join_ranks():
 
 
 def on_all_ranks(function, *args):
-    """Call `function` on every rank; where one raises PipelineError, all do, with every rank's message."""
+    """Call `function` on every rank; where one raises PipelineError all end, rank 0 with all messages."""
     result, problem = None, None
     try:
         result = function(*args)
@@ -90,6 +89,8 @@ def on_all_ranks(function, *args):
         problem = str(error)
     problems = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
+    if any(problems) and dist.get_rank() > 0:
+        sys.exit(1)  # rank 0 says it for all
     if any(problems):
         raise PipelineError("\n".join(dict.fromkeys(filter(None, problems))))
     return result
@@ -168,8 +169,7 @@ def compute_gradients(model, text_head, micro_batches, device, bf16, counts):
     weights = (dist.get_world_size() / counts.clamp(min=1)).to(device)  # DDP averages over ranks: undo it
     weights[1:] /= len(counts) - 1
     for i, (batch, own_counts) in enumerate(micro_batches):
-        batch = {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-                 for name, value in batch.items()}
+        batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
         with model.no_sync() if i < len(micro_batches) - 1 else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 outputs = model(**batch)
@@ -185,8 +185,8 @@ def rehearse(model, text_head, data, lengths, device, bf16):
     And DDP lays out its buckets anew after its first backward, which from three ranks on changes the order of
     sums: without this a resumed run would differ in the last bits.
     """
-    room = 64 if data.max_tokens else data.batch_size
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-room:]
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    longest = by_length[-64 if data.max_tokens else -data.batch_size :]
     batch, counts = data[longest, True][0]
     try:
         compute_gradients(model, text_head, [(batch, counts)], device, bf16, counts[:-3])
@@ -206,15 +206,6 @@ def update(optimizer, schedule, parameters, max_grad_norm):
     schedule.step()
     optimizer.zero_grad()
     return norm
-
-
-def write_metrics(output_dir, board, step, metrics):
-    """Append a line to metrics.jsonl, and the same to TensorBoard."""
-    with open(output_dir / "metrics.jsonl", "a") as stream:
-        stream.write(json.dumps({"step": step, **metrics}) + "\n")
-    codebooks = metrics.pop("audio_loss_per_codebook")
-    for name, value in [*metrics.items(), *((f"codebook_{k}", loss) for k, loss in enumerate(codebooks))]:
-        board.add_scalar(name, value, step)
 
 
 def main(args):
@@ -259,7 +250,7 @@ def main(args):
         dist.all_reduce(counts)
         seen += counts[-3:]
         # Dropout follows from these three alone: no generator state to save, and resuming is exact
-        torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]))
+        torch.manual_seed(hash((args.seed, step, rank)))  # of integers: the same in every process
         sums = compute_gradients(model, text_head, micro_batches, device, bf16, counts[:-3])
         norm = update(optimizer, schedule, parameters, args.max_grad_norm)
         if step % args.logging_steps == 0 or step == total:
@@ -275,7 +266,11 @@ def main(args):
                 "tokens_per_s": positions / took, "padding": 1 - positions / padded,
                 "data_wait": waited / took, "max_memory_gb": peak / 1e9}
             if rank == 0:
-                write_metrics(args.output_dir, board, step, metrics)
+                with open(args.output_dir / "metrics.jsonl", "a") as stream:
+                    stream.write(json.dumps({"step": step, **metrics}) + "\n")
+                curves = metrics | {f"codebook_{k}": loss for k, loss in enumerate(audio_losses)}
+                for name in curves.keys() - {"audio_loss_per_codebook"}:
+                    board.add_scalar(name, curves[name], step)
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}")
             since, waited, seen = time.perf_counter(), 0.0, 0
         if step % args.save_steps == 0 and rank == 0:
@@ -287,14 +282,19 @@ def main(args):
     dist.barrier()
 
 
+def leave():
+    """At exit, whatever the reason: Python would send the workers SIGTERM, which they ignore, and wait."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks, and tokenizers warns of each
+    atexit.register(leave)
     try:
         main(parse_args())
     except PipelineError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -194,3 +194,31 @@ def test_codec_and_processor_that_do_not_load(tiny, tmp_path):
         lora.load_codec(tmp_path / "codec", "cpu")
     with pytest.raises(PipelineError, match="--whisper_processor /nowhere/whisper: no processor there"):
         lora.open_whisper("/nowhere/whisper")
+
+
+def test_a_rank_that_fails_alone_ends_the_job(tiny, tmp_path):
+    """Catches an exit that waits for its workers (they ignore SIGTERM), while other ranks wait for this one."""
+    manifest = tmp_path / "train.json"
+    text = [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": f"{i}"}]}
+            for i in range(40)]
+    manifest.write_text(json.dumps(text))
+    program = tmp_path / "program.py"
+    program.write_text(FAILS_ALONE.format(root=ROOT))
+    done = launch(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program,
+                  "--train_manifest", manifest, "--output_dir", tmp_path / "out", "--base_ckpt", tiny / "model",
+                  "--audio_tokenizer", tiny / "codec", "--batch_size", 1, "--grad_accum", 1)
+    assert done.returncode == 1 and done.stderr.count("dataset.PipelineError: entry 30 is bad") == 1
+
+
+FAILS_ALONE = """
+import runpy, sys
+sys.path.insert(0, "{root}")
+import dataset
+sample = dataset.StepDataset.sample
+def fail_at_30(self, index):
+    if index == 30:
+        raise dataset.PipelineError("entry 30 is bad")
+    return sample(self, index)
+dataset.StepDataset.sample = fail_at_30
+runpy.run_path("{root}/trainer.py", run_name="__main__")
+"""
