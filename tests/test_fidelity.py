@@ -1,0 +1,284 @@
+"""Training is inference: decoding, labels, precision, gradients (fidelity, properties 1, 4, 6 and 8)."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
+from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
+from loguru import logger
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LogitsProcessor
+
+import lora
+import trainer
+from validate_pipeline import loss_in_float64
+
+CPU = torch.device("cpu")
+EOS = 1025  # of the audio stream
+SYSTEM = {"role": "system", "content": "Speak."}
+
+
+def clip(name):
+    return {"audio_url": f"clips/{name}.wav"}
+
+
+def random_entries(seed):
+    """One of each layout with random texts: the reference in the user's turn, and in an assistant turn."""
+    rng = np.random.default_rng(seed)
+    texts = ["".join(rng.choice(list("ابتثجحخد abc"), size=n)) for n in rng.integers(1, 30, size=6)]
+    voice, target = rng.choice(["voice_a", "voice_b"]), rng.choice(["target_a", "target_b", "target_c"])
+    user, assistant = ({"role": role, "content": None} for role in ("user", "assistant"))
+    reply = {**assistant, "content": [texts[0], clip(target), texts[1]]}
+    return [
+        {"messages": [SYSTEM, {**user, "content": [clip(voice), texts[2]]}, reply]},
+        {"start_index": 3, "messages": [SYSTEM, {**user, "content": texts[3]},
+                                        {**assistant, "content": [clip(voice)]},
+                                        {**user, "content": texts[4]}, reply]}]
+
+
+class ForcedReply(LogitsProcessor):
+    """Notes the logits that upstream's generate samples from, then leaves it the sample's next token only."""
+
+    def __init__(self, text, codes):
+        self.text, self.codes = text, codes  # (text tokens,), (num_codebooks, columns)
+        self.text_logits, self.audio_logits = [], []
+
+    def __call__(self, input_ids, scores):
+        is_audio = input_ids is None  # so upstream asks for the codes of the next column
+        noted, targets = (self.audio_logits, self.codes.T) if is_audio else (self.text_logits, self.text)
+        target = targets[len(noted)].view(-1, 1)
+        noted.append(scores.clone())
+        return torch.full_like(scores, -torch.inf).scatter(1, target, 0.0)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    """Upstream's engine, set to hear references; decoding outgrows its smaller caches."""
+    logger.disable("boson_multimodal")  # it tells every step of its start
+    engine = HiggsAudioServeEngine(str(tiny / "model"), str(tiny / "codec"), device="cpu",
+                                   torch_dtype=torch.float32, kv_cache_lengths=list(range(64, 513, 32)))
+    engine.collator.return_audio_in_tokens = True
+    return engine
+
+
+def decode(engine, entry, token_ids, codes, caches):
+    """Upstream's generate, forced to reply `token_ids` and `codes`: logits of each text and audio step."""
+    prompt = engine._prepare_inputs({"messages": entry["messages"][:-1]})
+    engine._prepare_kv_caches()
+    reply = token_ids[prompt["input_ids"].shape[1]:]
+    reply = reply[reply != engine.tokenizer.convert_tokens_to_ids("<|audio_eos|>")]  # it is never sampled
+    forced = ForcedReply(reply, codes[:, 1:])  # the first column, all BOS, is not sampled either
+    engine.model.generate(**prompt, max_new_tokens=len(reply) + codes.shape[1] - 1, do_sample=False,
+                          logits_processor=[forced], past_key_values_buckets=caches, use_cache=True)
+    return torch.cat(forced.text_logits), torch.stack(forced.audio_logits)
+
+
+def kept(text_head):
+    """(text_head, list that it leaves its outputs in): the logits that the trainer's loss reads."""
+    outputs = []
+    text_head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    return text_head, outputs
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_reads_the_logits_of_decoding(open_data, lora_model, engine, seed, cache):
+    """Catches logits read one position off, another prompt or mask, a reference that only one side hears.
+
+    To 1e-4, measured 8e-6 on logits of up to 14: float32, and attention sums in another order.
+    """
+    data = open_data(random_entries(seed))
+    model = engine.model = lora_model.get_base_model().eval()
+    order = sorted(range(2), key=lambda i: -data.sample(i)[0])  # of the rows in the batch: longest first
+    [(batch, counts)] = data[order, True]
+    text_head, heads = kept(torch.nn.Identity())
+    with torch.no_grad():
+        outputs = model(**batch)
+        trainer.loss_sums(outputs, batch, counts, text_head)
+    text_read = heads[0].split((batch["label_ids"][:, 1:] != -100).sum(1).tolist())  # (text labels, vocab)
+    starts = batch["audio_out_ids_start"][1:]
+    codes, labels = (batch[name].tensor_split(starts, dim=1) for name in ("audio_out_ids", "label_audio_ids"))
+    clips = [(codes, logits) for codes, labels, logits in
+             zip(codes, labels, outputs.audio_logits.tensor_split(starts)) if (labels != -100).any()]
+    errors, after = [], []
+    for row, (i, (codes, audio_read)) in enumerate(zip(order, clips, strict=True)):  # a clip in each row
+        text, audio = decode(engine, data.entries[i], data.sample(i)[1].input_ids, codes,
+                             engine.kv_caches if cache == "static" else None)
+        before = len(data.entries[i]["messages"][-1]["content"][0]["text"].encode()) + 1  # with audio_out_bos
+        difference = (text - text_read[row]).abs().amax(1)  # (text labels,)
+        errors += [difference[:before].max().item(), (audio - audio_read[:-1]).abs().max().item()]
+        # One position on, training reads what predicts <|audio_eos|>, decoding what predicts <|AUDIO_OUT|>
+        after.append(difference[before + 1:].max().item())
+    print(f"{cache} cache: {max(errors):.1e}; text after the clip, for upstream's reason: {max(after):.2f}")
+    assert max(errors) < 1e-4
+
+
+LABELLED = [
+    {"messages": [SYSTEM, {"role": "user", "content": [clip("voice_a"), "كيف حالك؟"]},
+                  {"role": "assistant", "content": ["نعم: ", clip("target_a"), " ثم ", clip("target_b")]}]},
+    {"start_index": 3, "messages": [
+        SYSTEM, {"role": "user", "content": "hidden"},
+        {"role": "assistant", "content": ["masked ", clip("voice_b"), " masked"]},
+        {"role": "user", "content": "again"}, {"role": "assistant", "content": clip("target_c")}]},
+    {"messages": [{"role": "user", "content": "Who?"},
+                  {"role": "assistant", "content": "I am.", "recipient": "all"}]},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [clip("target_b"), "!"]},
+                  {"role": "assistant", "content": "more"}, {"role": "user", "content": [clip("voice_b")]},
+                  {"role": "assistant", "content": clip("target_a")}]}]
+
+
+def turns(entry):
+    """(turn, whether it is trained) of a manifest entry."""
+    return [(turn, turn["role"] == "assistant" and i >= entry.get("start_index", 0))
+            for i, turn in enumerate(entry["messages"])]
+
+
+def reply_text(entry):
+    """What an entry trains as text, in upstream's markup."""
+    text, next_roles = "", [turn["role"] for turn in entry["messages"][1:]] + [None]
+    for (turn, trained), next_role in zip(turns(entry), next_roles):
+        if trained:
+            text += turn["recipient"] + "<|recipient|>" if "recipient" in turn else ""
+            text += "".join(part.get("text", "<|audio_out_bos|><|audio_eos|>") for part in turn["content"])
+            text += "<|eom_id|>" if next_role == "assistant" else "<|eot_id|>"
+    return text
+
+
+def targets_of(model, batch, counts):
+    """What the trainer's loss asks of each position, -100 for nothing: text (B, T), audio (A, num_codebooks).
+
+    The gradient of a cross entropy is softmax - one_hot: negative at its target alone.
+    """
+    with torch.no_grad():
+        outputs = model(**batch)
+    logits = [outputs.logits.requires_grad_(), outputs.audio_logits.requires_grad_()]
+    trainer.loss_sums(outputs, batch, counts, torch.nn.Identity()).sum().backward()
+    return outputs, *(torch.where((x.grad != 0).any(-1), x.grad.argmin(-1), -100) for x in logits)
+
+
+def spoken(targets):
+    """The codes (num_codebooks, frames) that one clip's targets (columns, num_codebooks) ask for, or None."""
+    if (targets == -100).all():
+        return None
+    assert (targets[-1] == -100).all()  # the clip's last column predicts nothing of the next clip
+    columns = revert_delay_pattern(F.pad(targets[:-1], (0, 0, 1, 0), value=-100).T)  # BOS, codes, EOS
+    assert (columns[:, 0] == -100).all() and (columns[:, -1] == EOS).all()
+    assert (targets != -100).sum() == columns[:, 1:].numel()  # and nothing beside them
+    return columns[:, 1:-1].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_targets_decode_to_the_assistant_turns(open_data, lora_model, batch_size):
+    """Catches a missing or double shift, a target in a prompt, a masked turn, BOS, padding or the next clip,
+    a code or an end of stream that is no target, and samples kept for epoch 2 with the collator's marks.
+    """
+    data = open_data(LABELLED, f"--batch_size={batch_size}")
+    model = lora_model.get_base_model().eval()
+    clips = [(part["audio_url"], trained) for entry in data.entries for turn, trained in turns(entry)
+             if turn["role"] == "assistant" for part in turn["content"] if "audio_url" in part]
+    said = [np.load(data.clips[path][0]).tolist() if trained else None for path, trained in clips]
+    for _ in ("epoch 1", "epoch 2"):
+        texts, speech = [], []
+        for batch, counts in data[range(4), True]:
+            outputs, text, audio = targets_of(model, batch, counts)
+            for targets, token_ids, mask in zip(text, outputs.expanded_input_ids, outputs.attention_mask):
+                [positions] = (targets != -100).nonzero(as_tuple=True)
+                assert torch.equal(targets[positions], token_ids[positions + 1]) and mask[positions + 1].all()
+                texts.append(data.tokenizer.decode(targets[positions], clean_up_tokenization_spaces=False))
+            if len(audio):
+                speech += map(spoken, audio.tensor_split(batch["audio_out_ids_start"][1:]))
+        assert sorted(texts) == sorted(map(reply_text, data.entries))
+        assert sorted(speech, key=str) == sorted(said, key=str)
+
+
+def test_a_rank_without_a_sample_has_no_target(open_data, lora_model):
+    """Catches a sample that counts twice because an idle rank takes part with it."""
+    [(batch, counts)] = open_data(LABELLED[:1])[[0], False]
+    _, text, audio = targets_of(lora_model.get_base_model().eval(), batch, counts)
+    assert (text == -100).all() and (audio == -100).all() and (counts[:-2] == 0).all()
+
+
+def start(model):
+    """(model under DDP, text head, LoRA parameters, optimizer, schedule), as in trainer.main."""
+    text_head = lora.take_text_head(model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return DistributedDataParallel(model.train()), text_head, parameters, optimizer, schedule
+
+
+def test_bf16_computes_the_loss_in_float32(tiny, open_data):
+    """Catches a cross entropy in bf16, which is off by 2e-4 here."""
+    model = lora.attach(lora.load_base(tiny / "model", torch.bfloat16, "cpu"), 4, 8, 0.0, seed=0)
+    text_head, heads = kept(lora.take_text_head(model))
+    [(batch, counts)] = open_data(LABELLED[:1])[[0], True]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = model(**batch)
+        sums = trainer.loss_sums(outputs, batch, counts, text_head)
+    labels = outputs.expanded_labels[:, 1:]
+    expected = [F.cross_entropy(heads[0].double(), labels[labels != -100], reduction="sum")]
+    expected += [F.cross_entropy(logits.double(), labels, reduction="sum") for logits, labels in
+                 zip(outputs.audio_logits[:-1].unbind(1), batch["label_audio_ids"][:, 1:], strict=True)]
+    assert heads[0].dtype == torch.bfloat16 and sums.dtype == torch.float32
+    assert sums.tolist() == pytest.approx([x.item() for x in expected], rel=1e-6)  # float32's precision
+
+
+def test_bf16_trains_a_float32_adapter_beside_an_unchanged_base(tiny, open_data):
+    """Catches an adapter, its gradients or AdamW's moments in the base's bf16, and a base that moves."""
+    base = lora.load_base(tiny / "model", torch.bfloat16, "cpu")
+    frozen = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    assert {parameter.dtype for parameter in frozen.values()} == {torch.bfloat16}
+    model, text_head, parameters, optimizer, schedule = start(lora.attach(base, 4, 8, 0.0, seed=0))
+    micro_batches = open_data(LABELLED[:1])[[0], True]
+    before = [parameter.clone() for parameter in parameters]
+    for _ in range(2):  # A has no gradient before B has moved
+        counts = micro_batches[0][1][:-3]
+        sums = trainer.compute_gradients(model, text_head, micro_batches, CPU, True, counts)
+        gradients = [parameter.grad.clone() for parameter in parameters]
+        trainer.update(optimizer, schedule, parameters, 1.0)
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert len(moments) == 2 * len(parameters) and not any(map(torch.equal, before, parameters))
+    assert {x.dtype for x in [sums, *parameters, *gradients, *moments]} == {torch.float32}
+    base.audio_decoder_proj.text_lm_head = text_head
+    after = {name.replace(".base_layer", ""): value for name, value in base.named_parameters()}
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+
+
+def test_gradients_are_finite_differences(tiny, open_data, monkeypatch):
+    """Catches a tensor detached on the way, and a wrong weight of text, codebooks or samples in the loss.
+
+    Autograd over two micro-batches against the design's formula, in NumPy, on one batch. To 1e-6, measured
+    4e-8: the weights 1/N are float32.
+    """
+    model = lora.attach(lora.load_base(tiny / "model", torch.float64, "cpu"), 4, 8, 0.0, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    monkeypatch.setattr(torch, "float32", torch.float64)  # upstream casts to float32 in its norms and heads,
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # and the loss does: to float64 here
+    model, text_head, parameters, _, _ = start(model)
+    micro_batches = open_data(LABELLED, "--batch_size=2")[range(4), True]
+    counts = sum(counts for _, counts in micro_batches)
+    trainer.compute_gradients(model, text_head, micro_batches, CPU, False, counts[:-3])
+    [(batch, _)] = open_data(LABELLED, "--batch_size=4")[range(4), True]
+
+    def loss():
+        with torch.no_grad():
+            outputs = model(**batch)
+            outputs.logits = text_head(outputs.logits)
+        return loss_in_float64(outputs, batch)
+
+    errors = []
+    for parameter in parameters[::3]:  # A or B of every kind of projection
+        entry, gradient = parameter.data.view(-1), parameter.grad.view(-1)
+        i = gradient.abs().argmax()
+        value, step = entry[i].item(), 1e-4
+        entry[i] = value + step
+        above = loss()
+        entry[i] = value - step
+        below = loss()
+        entry[i] = value
+        errors.append(abs((above - below) / (2 * step) / gradient[i].item() - 1))
+    print(f"{len(errors)} entries differ from finite differences by up to {max(errors):.1e}")
+    assert max(errors) < 1e-6
