@@ -34,7 +34,8 @@ FIELDS = {  # of upstream's data classes (data_types.py); the first one of each 
 # <|name|> in a text becomes structure (but for scene and instruction marks); a lone surrogate is no text.
 NOT_TEXT = re.compile("<\\|(?!scene_desc_|generation_instruction_)[^|<>]*\\|>|[\ud800-\udfff]")
 WHISPER_RATE, WHISPER_FRAMES = 16_000, 750  # Hz; 30 s in codec frames, what the audio tower takes whole
-DECODER_ERRORS = (OSError, EOFError, RuntimeError, ValueError, audioread.DecodeError, librosa.LibrosaError)
+DECODER_ERRORS = (OSError, EOFError, RuntimeError, ValueError, ArithmeticError, MemoryError,
+                  audioread.DecodeError, librosa.LibrosaError)  # what files of noise made librosa.load raise
 is_file = functools.cache(os.path.isfile)
 
 
@@ -172,10 +173,7 @@ def ignore_signals(_):
 
 
 def encode_clips(share, codec, num_workers, show):
-    """Encode one rank's share of find_clips' values, one by one (padding a batch of clips changes codes).
-
-    A file appears whole or not at all. Raises PipelineError that lists all bad clips.
-    """
+    """Encode one rank's share of find_clips' values; a file appears whole or not at all. Refuses bad ones."""
     waves = DataLoader([part for _, _, part in share], batch_size=None, num_workers=num_workers,
                        collate_fn=functools.partial(load_waveform, codec.sampling_rate),
                        worker_init_fn=ignore_signals)
@@ -184,6 +182,7 @@ def encode_clips(share, codec, num_workers, show):
         if isinstance(wave, str):
             problems.append((f"entry {entry}", f"{part['audio_url']}: {wave}"))
             continue
+        # One clip at a time: padding a batch of clips changes their codes
         codes = codec.encode(wave, codec.sampling_rate).squeeze(0).cpu()  # (num_codebooks, T)
         unfinished = file.with_name(f"{uuid.uuid4().hex}.npy")
         np.save(unfinished, codes.numpy().astype(np.int16))

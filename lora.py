@@ -160,7 +160,9 @@ def save_checkpoint(output_dir, model, state, keep):
     shutil.rmtree(unfinished, ignore_errors=True)
     save(model, unfinished)
     torch.save(state, unfinished / "trainer_state.pt")
-    unfinished.rename(output_dir / f"checkpoint-{state['step']}")
+    whole = output_dir / f"checkpoint-{state['step']}"
+    shutil.rmtree(whole, ignore_errors=True)  # of an earlier run, where this one resumed before it
+    unfinished.rename(whole)
     for folder in checkpoints(output_dir)[:-keep]:
         shutil.rmtree(folder)
 

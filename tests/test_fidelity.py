@@ -116,7 +116,8 @@ def test_training_reads_the_logits_of_decoding(open_data, lora_model, engine, se
 
 LABELLED = [
     {"messages": [SYSTEM, {"role": "user", "content": [clip("voice_a"), "كيف حالك؟"]},
-                  {"role": "assistant", "content": ["نعم: ", clip("target_a"), " ثم ", clip("target_b")]}]},
+                  {"role": "assistant",
+                   "content": ["نعم: ", clip("target_a"), " ثم ", clip("target_b")]}]},
     {"start_index": 3, "messages": [
         SYSTEM, {"role": "user", "content": "hidden"},
         {"role": "assistant", "content": ["masked ", clip("voice_b"), " masked"]},
@@ -251,6 +252,8 @@ def test_gradients_are_finite_differences(tiny, open_data, monkeypatch):
     Autograd over two micro-batches against the design's formula, in NumPy, on one batch. To 1e-6, measured
     4e-8: the weights 1/N are float32.
     """
+    micro_batches = open_data(LABELLED, "--batch_size=2")[range(4), True]
+    [(batch, _)] = open_data(LABELLED, "--batch_size=4")[range(4), True]
     model = lora.attach(lora.load_base(tiny / "model", torch.float64, "cpu"), 4, 8, 0.0, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -258,10 +261,8 @@ def test_gradients_are_finite_differences(tiny, open_data, monkeypatch):
     monkeypatch.setattr(torch, "float32", torch.float64)  # upstream casts to float32 in its norms and heads,
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # and the loss does: to float64 here
     model, text_head, parameters, _, _ = start(model)
-    micro_batches = open_data(LABELLED, "--batch_size=2")[range(4), True]
     counts = sum(counts for _, counts in micro_batches)
     trainer.compute_gradients(model, text_head, micro_batches, CPU, False, counts[:-3])
-    [(batch, _)] = open_data(LABELLED, "--batch_size=4")[range(4), True]
 
     def loss():
         with torch.no_grad():

@@ -20,6 +20,7 @@ from dataset import PipelineError
 from tests import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 TONE = tiny_checkpoint.speech_like(0.5, seed=7)
 
 
@@ -165,7 +166,7 @@ def test_one_bad_clip_ends_all_ranks_with_one_message(tiny, tmp_path, bad_clips)
     manifest.write_text(json.dumps([reply_with(clip) for clip in clips]))
     flags = ["trainer.py", "--train_manifest", manifest, "--output_dir", tmp_path / "out", "--base_ckpt",
              tiny / "model", "--audio_tokenizer", tiny / "codec"]
-    done = launch(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags)
+    done = launch(*TWO_RANKS, *flags)
     ours = done.stderr.split("torch/distributed/elastic")[0].split("ChildFailedError")[0]
     assert done.returncode == 1 and done.stderr.count("error: clips: 1 problem(s)") == 1
     assert f"entry 0: {bad_clips['text'][0]}: cannot be decoded" in ours
@@ -197,16 +198,16 @@ def test_codec_and_processor_that_do_not_load(tiny, tmp_path):
 
 
 def test_a_rank_that_fails_alone_ends_the_job(tiny, tmp_path):
-    """Catches an exit that waits for its workers (they ignore SIGTERM), while other ranks wait for this one."""
+    """Catches an exit that waits for its workers (they ignore SIGTERM), while other ranks wait for it."""
     manifest = tmp_path / "train.json"
     text = [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": f"{i}"}]}
             for i in range(40)]
     manifest.write_text(json.dumps(text))
     program = tmp_path / "program.py"
     program.write_text(FAILS_ALONE.format(root=ROOT))
-    done = launch(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program,
-                  "--train_manifest", manifest, "--output_dir", tmp_path / "out", "--base_ckpt", tiny / "model",
-                  "--audio_tokenizer", tiny / "codec", "--batch_size", 1, "--grad_accum", 1)
+    done = launch(*TWO_RANKS, program, "--train_manifest", manifest, "--output_dir", tmp_path / "out",
+                  "--base_ckpt", tiny / "model", "--audio_tokenizer", tiny / "codec", "--batch_size", 1,
+                  "--grad_accum", 1)
     assert done.returncode == 1 and done.stderr.count("dataset.PipelineError: entry 30 is bad") == 1
 
 

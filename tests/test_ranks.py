@@ -49,7 +49,8 @@ def write_manifests(folder):
     text_only = entry("من أنت؟", ["I am a text."])
     mixed = [
         entry("طويل " * 20, [clip("long")], "voice_a"), entry("a", [clip("short")]), text_only,
-        entry("صباح الخير", [clip("target_a")], "voice_b"), entry("b", ["Yes", clip("target_b")], "voice_a"),
+        entry("صباح الخير", [clip("target_a")], "voice_b"),
+        entry("b", ["Yes", clip("target_b")], "voice_a"),
         entry("two", [clip("short"), clip("target_c")], "voice_a", "voice_b"), entry("c", [clip("target_b")]),
         entry("long again", [clip("long"), clip("short")])]
     for name, entries in dict(mixed=mixed, few=[mixed[1], text_only, mixed[4]], text=[text_only]).items():
@@ -78,7 +79,7 @@ def steps(tiny, tmp_path_factory):
                  if world_size == ranks]
         (folder / "flags.json").write_text(json.dumps(runs))
         command = [*TORCHRUN, f"--nproc_per_node={ranks}", "-m", "tests.rank_worker", folder / "flags.json"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
 
     def moments(checkpoint):

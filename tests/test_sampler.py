@@ -71,7 +71,7 @@ def test_order_differs_between_epochs_and_seeds():
 
 @draws
 @given(lengths, batch_sizes, accumulations, world_sizes, seeds, epochs)
-def test_loads_of_ranks_differ_by_at_most_the_longest_sample(lengths, batch, accumulation, world, seed, epoch):
+def test_loads_of_ranks_differ_by_at_most_the_longest(lengths, batch, accumulation, world, seed, epoch):
     """Catches samples dealt in turns as they are drawn, without regard to length."""
     for step in deal_epoch(lengths, batch, accumulation, world, seed, epoch):
         loads = [sum(lengths[index] for index in indices) * counted for indices, counted in step]

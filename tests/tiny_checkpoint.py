@@ -44,13 +44,14 @@ def make_tokenizer(folder):
     return fast
 
 
-def make_config(tokenizer, hidden=256, layers=2, vocab_size=512, **overrides):
+def make_config(tokenizer, hidden=256, layers=2, vocab_size=None, **overrides):
     """The released config's flags at another size; `overrides` replace any of them."""
     token = tokenizer.convert_tokens_to_ids
     settings = dict(
         text_config=dict(
-            model_type="llama", vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden,
-            num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64,
+            model_type="llama", vocab_size=vocab_size or len(tokenizer), hidden_size=hidden,
+            intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
+            num_key_value_heads=hidden // 64,
             head_dim=32, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0,
             rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
                               original_max_position_embeddings=8192)),
