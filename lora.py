@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from boson_multimodal.audio_processing.higgs_audio_tokenizer import load_higgs_a
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig
@@ -34,7 +36,7 @@ def open_base(name):
         if settings.get("model_type") != "higgs_audio":
             raise PipelineError(f"--base_ckpt {name} is {settings.get('model_type')}, not higgs_audio")
         return HiggsAudioConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise PipelineError(f"--base_ckpt {name}: no Higgs Audio checkpoint there ({error})") from None
 
 
@@ -58,7 +60,8 @@ def load_codec(folder, device):
     """Load the codec onto `device`. Raises PipelineError where that fails, or it was never trained."""
     try:
         codec = load_higgs_audio_tokenizer(str(folder), device=str(device))
-    except (OSError, RuntimeError) as error:  # OSError: its HuBERT (bosonai/hubert_base) is not to be had
+    # OSError: its HuBERT (bosonai/hubert_base) is not to be had; the others: model.pth is no such file
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise PipelineError(f"--audio_tokenizer {folder} cannot be loaded ({error})") from None
     if not all(buffer.all() for name, buffer in codec.named_buffers() if name.endswith("inited")):
         raise PipelineError(f"--audio_tokenizer {folder} has codebooks that were never trained")
@@ -78,7 +81,7 @@ def load_base(name, dtype, device):
     try:
         model, info = HiggsAudioModel.from_pretrained(name, torch_dtype=dtype, device_map={"": device},
                                                       output_loading_info=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise PipelineError(f"--base_ckpt {name}: its weights cannot be loaded ({error})") from None
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
         raise PipelineError(f"--base_ckpt {name} lacks the weights {sorted(info['missing_keys'])[:5]}")
@@ -141,14 +144,14 @@ def checkpoints(output_dir):
 
 def find_checkpoint(output_dir, wanted):
     """The checkpoint to resume from, or None. Raises PipelineError where results would be overwritten."""
-    found = checkpoints(output_dir)
-    if wanted == "auto":
+    found, finished = checkpoints(output_dir), (output_dir / "adapter_model.safetensors").exists()
+    if wanted == "auto" and (found or not finished):
         return found[-1] if found else None
-    if wanted is not None:
+    if wanted not in (None, "auto"):
         if not (Path(wanted) / "trainer_state.pt").is_file():
             raise PipelineError(f"--resume_from_checkpoint {wanted}: there is no trainer_state.pt in it")
         return Path(wanted)
-    if found or (output_dir / "adapter_model.safetensors").exists():
+    if found or finished:
         raise PipelineError(f"--output_dir {output_dir} already holds an adapter or checkpoints; choose "
                             "another, or go on with --resume_from_checkpoint auto")
     return None

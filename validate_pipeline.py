@@ -184,9 +184,9 @@ def check_checkpoint(lab):
     tensors = load_file(lab.folder / "out/adapter_model.safetensors")
     base = HiggsAudioModel.from_pretrained(lab.folder / "model", torch_dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, lab.folder / "out").state_dict()
-    same = [torch.equal(loaded[name.replace(".weight", ".default.weight")], value)
-            for name, value in tensors.items()]
     only_lora = all(".lora_A." in name or ".lora_B." in name for name in tensors)
+    same = [only_lora and torch.equal(loaded[name.replace(".weight", ".default.weight")], value)
+            for name, value in tensors.items()]
     size = (lab.folder / "out/adapter_model.safetensors").stat().st_size
     passed = only_lora and all(same) and len(same) == 40  # A and B of 20 modules
     return passed, f"{len(same)} LoRA tensors and no other, {size / 1e6:.1f} MB"

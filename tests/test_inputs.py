@@ -131,6 +131,12 @@ def test_an_output_folder_in_use(open_data, entries, tmp_path, name):
         open_data(entries, f"--output_dir={tmp_path}")
 
 
+def test_auto_does_not_train_over_a_finished_adapter(open_data, entries, tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()  # and no checkpoint to go on from
+    with pytest.raises(PipelineError, match="already holds an adapter"):
+        open_data(entries, f"--output_dir={tmp_path}", "--resume_from_checkpoint=auto")
+
+
 def test_deaf_training_is_refused_unless_asked_for(open_data, entries, tiny, tmp_path, capsys):
     """On a checkpoint that takes no codes of references, and under serve_engine.py's own collator setting."""
     shutil.copytree(tiny / "model", tmp_path / "model")

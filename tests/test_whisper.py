@@ -57,10 +57,10 @@ def open_whisper(whisper, open_data):
 
 
 def test_references_reach_the_tower_as_mel_features_in_order(tiny, whisper, open_whisper):
-    """Catches waves at the codec's 24 kHz or a file's own rate, spoken clips among them, and another order:
-    of the turns, of several references in one turn, of the rows (longest first) in the batch.
+    """Catches waves at the codec's 24 kHz or a file's own rate, and another order: of the turns, of several
+    references in one turn, of the rows (longest first) in the batch.
     """
-    data = open_whisper(entry("voice_a"), entry(), entry("voice_a", "voice_b", system=["voice_b"]))
+    data = open_whisper(entry("voice_a"), entry(), entry("voice_a", "voice_b", system=["target_a"]))
     order = sorted(range(3), key=lambda i: -data.sample(i)[0])
     assert order == [2, 0, 1]
     model = lora.load_base(whisper / "model", torch.float32, "cpu").eval()
@@ -70,10 +70,10 @@ def test_references_reach_the_tower_as_mel_features_in_order(tiny, whisper, open
     with torch.no_grad():
         model(**batch)
     waves = [librosa.load(tiny / "clips" / f"{name}.wav", sr=16_000)[0]
-             for name in ("voice_b", "voice_a", "voice_b", "voice_a")]
+             for name in ("target_a", "voice_a", "voice_b", "voice_a")]
     extractor = AutoProcessor.from_pretrained(whisper / "processor").feature_extractor
     expected = extractor(waves, sampling_rate=16_000, return_tensors="pt").input_features
-    assert expected.shape == (4, 128, 3000) and not torch.equal(expected[0], expected[1])
+    assert expected.shape == (4, 128, 3000)
     assert torch.equal(torch.cat(heard), expected)  # one and the same computation: no tolerance
 
 
@@ -88,7 +88,7 @@ def test_swapping_the_reference_changes_the_logits(whisper, open_whisper):
             before, after = (model(**batch).audio_logits[0] for batch in (a, swapped))
         return (before - after).abs().max().item()
 
-    features = change("audio_features", "audio_feature_attention_mask")
+    features = change("audio_features")  # not their length
     codes = change("audio_in_ids", "audio_in_ids_start")
     print(f"the reference's features change the logits by {features:.3f}, its codes by {codes:.3f}")
     assert features > 1e-2
