@@ -1,28 +1,29 @@
 """From a ChatML manifest to the micro-batches of one optimizer step.
 
-    load_manifest -> find_clips -> encode_clips -> measure -> StepSampler -> StepDataset (DataLoader worker)
+    load_manifest -> find_clips -> encode_clips -> measure -> deal_steps -> StepDataset (DataLoader worker)
 
 Preprocessing, collation and codes are boson_multimodal's own, called as HiggsAudioServeEngine calls them.
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import signal
-import uuid
+import zipfile
 
 import audioread
 import librosa
 import numpy as np
 import torch
-from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioSampleCollator
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare_chatml_sample
-from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
+from safetensors import SafetensorError
+from torch.utils.data import Dataset
 
 PLACEHOLDERS = ("placeholder", "")  # what inference takes in `audio_url` to mean "see raw_audio"
 FIELDS = {  # of upstream's data classes (data_types.py); the first one of each must be there
@@ -34,8 +35,9 @@ FIELDS = {  # of upstream's data classes (data_types.py); the first one of each 
 # <|name|> in a text becomes structure (but for scene and instruction marks); a lone surrogate is no text.
 NOT_TEXT = re.compile("<\\|(?!scene_desc_|generation_instruction_)[^|<>]*\\|>|[\ud800-\udfff]")
 WHISPER_RATE, WHISPER_FRAMES = 16_000, 750  # Hz; 30 s in codec frames, what the audio tower takes whole
-DECODER_ERRORS = (OSError, EOFError, RuntimeError, ValueError, ArithmeticError, MemoryError,
-                  audioread.DecodeError, librosa.LibrosaError)  # what files of noise made librosa.load raise
+FILE_ERRORS = (  # what libraries raised on files that are missing, damaged or something else
+    OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, ArithmeticError, MemoryError,
+    audioread.DecodeError, librosa.LibrosaError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError)
 is_file = functools.cache(os.path.isfile)
 
 
@@ -43,9 +45,24 @@ class PipelineError(Exception):
     """The user's input is at fault: the message says where, what was seen and what to do."""
 
 
+@contextlib.contextmanager
+def blaming(what):
+    """Turn what libraries raise on files that are not what they should be into PipelineError `what`."""
+    try:
+        yield
+    except FILE_ERRORS as error:
+        raise PipelineError(f"{what} ({type(error).__name__}: {error})") from None
+
+
 def refuse(source, problems):
-    """Raise one PipelineError for all `problems`, (where, what) pairs found in `source`; none, no error."""
-    lines = [f"  {where}: {what}" for where, what in problems[:20]]
+    """Raise one PipelineError for all `problems` in `source`, [(indices of entries, or a place; what)]."""
+    lines = []
+    for where, what in problems[:20]:
+        if not isinstance(where, str):
+            indices = list(dict.fromkeys(where))  # an entry may have a clip twice
+            more = f" and {len(indices) - 5} more" if len(indices) > 5 else ""
+            where = f"entr{'ies' if indices[1:] else 'y'} {', '.join(map(str, indices[:5]))}{more}"
+        lines.append(f"  {where}: {what}")
     lines += [f"  ... and {len(problems) - 20} more"] * (len(problems) > 20)
     if problems:
         raise PipelineError("\n".join([f"{source}: {len(problems)} problem(s)", *lines]))
@@ -56,23 +73,21 @@ def load_manifest(path):
 
     Returns a list of dicts whose contents are lists and whose audio paths are absolute.
     """
-    try:
+    with blaming(f"manifest {path} cannot be read as UTF-8 text"):
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"manifest {path} cannot be read as UTF-8 text: {error}") from None
-    pieces = [("the file", text)]
-    if not text.lstrip().startswith("["):  # JSONL; splitlines() would also split at U+2028 inside a string
-        pieces = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    # JSONL where it is no array; splitlines() would also split at U+2028 inside a string
+    pieces = [text] if text.lstrip().startswith("[") else text.split("\n")
     entries, problems = [], []
-    for where, piece in pieces:
+    for i, piece in enumerate(pieces, 1):
         try:
-            entries.append(json.loads(piece))
+            entries += [json.loads(piece)] if piece.strip() else []
         except (ValueError, RecursionError) as error:
+            where = f"line {i}" if len(pieces) > 1 else "the file"
             problems.append((where, f"is not JSON ({error}); expected an array, or one object a line"))
     entries = entries[0] if entries and isinstance(entries[0], list) else entries
     refuse(path, problems if entries or problems else [("the file", "holds no entry; expected one or more")])
     folder = os.path.abspath(os.path.dirname(path))
-    refuse(path, [(f"entry {i}", what) for i, e in enumerate(entries) for what in check_entry(e, folder)])
+    refuse(path, [([i], what) for i, entry in enumerate(entries) for what in check_entry(entry, folder)])
     return entries
 
 
@@ -140,30 +155,47 @@ def clips_of(entry):
 
 
 def find_clips(entries, cache, fingerprint):
-    """The distinct clips, {name: (file of its codes, first entry that has it, content)}."""
+    """The distinct clips, {name: (file of its codes, indices of the entries that have it, content)}."""
     clips = {}
     for i, entry in enumerate(entries):
-        for _, part, name in [clip for clip in clips_of(entry) if clip[2] not in clips]:
-            identity = [fingerprint, name]
-            if name == part["audio_url"]:
-                stat = os.stat(name)
-                identity = [fingerprint, os.path.realpath(name), stat.st_size, stat.st_mtime_ns]
-            digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-            clips[name] = (cache / f"{digest}.npy", i, part)
+        for _, part, name in clips_of(entry):
+            if name not in clips:
+                stat = os.stat(name) if name == part["audio_url"] else None
+                identity = [os.path.realpath(name), stat.st_size, stat.st_mtime_ns] if stat else [name]
+                digest = hashlib.sha256(json.dumps([fingerprint, *identity]).encode()).hexdigest()
+                clips[name] = (cache / f"{digest}.npy", [], part)
+            clips[name][1].append(i)
     return clips
 
 
-def load_waveform(sample_rate, part):
-    """Mono float32 (samples,) as inference loads it, or a string: what is wrong with the clip."""
+def load_codes(file):
+    """One clip's codes from the cache, int16 (num_codebooks, T), or None: there are none, or damaged ones."""
     try:
-        inline = part["audio_url"] in PLACEHOLDERS
-        source = io.BytesIO(base64.b64decode(part["raw_audio"])) if inline else part["audio_url"]
-        wave, _ = librosa.load(source, sr=sample_rate)
-    except DECODER_ERRORS as error:
-        return f"cannot be decoded ({type(error).__name__} {error}); write it again, as wav"
-    if len(wave) < 0.1 * sample_rate:  # on less the codec's convolutions fail
-        return f"lasts {len(wave) / sample_rate:.3f} s; the codec needs at least 0.1 s"
-    return wave
+        return np.lib.format.open_memmap(file, mode="r")
+    except (OSError, ValueError):
+        return None
+
+
+def load_waveform(sample_rate, part):
+    """Mono float32 (samples,) as inference loads it, or a string: what is wrong. Rate 0: header's seconds."""
+    inline = part["audio_url"] in PLACEHOLDERS
+    name = "raw_audio" if inline else part["audio_url"]
+    try:
+        source = io.BytesIO(base64.b64decode(part["raw_audio"])) if inline else name
+        wave = librosa.load(source, sr=sample_rate)[0] if sample_rate else librosa.get_duration(path=source)
+    except FILE_ERRORS as error:
+        return f"{name}: cannot be decoded ({type(error).__name__} {error}); write it again, as wav"
+    seconds = len(wave) / sample_rate if sample_rate else wave
+    short = f"{name}: lasts {seconds:.3f} s; the codec needs at least 0.1 s"
+    return short if seconds < 0.1 else wave  # on less the codec's convolutions fail
+
+
+def find_missing(clips):
+    """Indices of the clips to encode; refuses at once, by their headers, those that cannot be."""
+    missing = [i for i, (file, _, _) in enumerate(clips) if load_codes(file) is None]
+    found = [(clips[i][1], load_waveform(0, clips[i][2])) for i in missing]
+    refuse("clips", [(entries, what) for entries, what in found if isinstance(what, str)])
+    return list({clips[i][0]: i for i in missing}.values())  # links to one file share its codes
 
 
 def ignore_signals(_):
@@ -172,68 +204,52 @@ def ignore_signals(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def encode_clips(share, codec, num_workers, show):
-    """Encode one rank's share of find_clips' values; a file appears whole or not at all. Refuses bad ones."""
-    waves = DataLoader([part for _, _, part in share], batch_size=None, num_workers=num_workers,
-                       collate_fn=functools.partial(load_waveform, codec.sampling_rate),
-                       worker_init_fn=ignore_signals)
-    problems = []
-    for (file, entry, part), wave in zip(share, tqdm(waves, "encoding clips", disable=not show)):
-        if isinstance(wave, str):
-            problems.append((f"entry {entry}", f"{part['audio_url']}: {wave}"))
-            continue
-        # One clip at a time: padding a batch of clips changes their codes
-        codes = codec.encode(wave, codec.sampling_rate).squeeze(0).cpu()  # (num_codebooks, T)
-        unfinished = file.with_name(f"{uuid.uuid4().hex}.npy")
-        np.save(unfinished, codes.numpy().astype(np.int16))
-        unfinished.rename(file)
-    refuse("clips", problems)
-
-
 def measure(entries, clips, collator):
-    """About how many positions each entry takes (tokenizing costs 1 ms); refuses what Whisper fails on."""
-    frames = {name: np.load(file, mmap_mode="r").shape[1] for name, (file, _, _) in clips.items()}
-    lengths, problems = [], []
+    """([positions of each entry], {clip: its codec frames}); estimated, as tokenizing an entry takes 1 ms."""
+    shapes = {name: getattr(load_codes(file), "shape", None) for name, (file, _, _) in clips.items()}
+    lost = [(clips[name][1], clips[name][0]) for name, shape in shapes.items() if shape is None]
+    refuse("codes lost, or unseen on this node; give a --code_cache that all share", lost)
+    frames, lengths, problems = {name: shape[1] for name, shape in shapes.items()}, [], []
     for i, entry in enumerate(entries):
         audio = [(role == "assistant", frames[name]) for role, _, name in clips_of(entry)]
         whole = all(spoken or length < WHISPER_FRAMES for spoken, length in audio)
         if collator.encode_whisper_embed and not (whole and audio == sorted(audio, key=lambda c: c[0])):
-            problems.append((f"entry {i}", "Whisper needs references under 30 s, before all spoken clips"))
+            problems.append(([i], "Whisper needs references under 30 s, before all spoken clips"))
         texts = [part.get("text", "") for turn in entry["messages"] for part in turn["content"]]
-        codes = sum(length + 9 for spoken, length in audio if spoken or collator.return_audio_in_tokens)
-        lengths.append(sum(6 + len(text) // 3 for text in texts) + codes)
+        spoken = sum(length + 9 for spoken, length in audio if spoken or collator.return_audio_in_tokens)
+        lengths.append(sum(6 + len(text.encode()) // 4 for text in texts) + spoken)
     refuse("reference clips", problems)
-    return lengths
+    return lengths, frames
 
 
-def deal(items, loads, shares):
-    """Longest first, each item to the share with the least load: loads differ by at most the longest item."""
-    hands, totals = [[] for _ in range(shares)], [0] * shares
-    for item in sorted(items, key=lambda item: -loads[item]):
-        lightest = totals.index(min(totals))
-        hands[lightest].append(item)
-        totals[lightest] += loads[item]
-    return hands
+def deal_steps(lengths, samples_per_step, seed, rank, world_size, steps):
+    """Yield one rank's share, (indices, trained), of every optimizer step in `steps` (a range, from 0).
 
-
-class StepSampler(Sampler):
-    """Yields one rank's share, (indices, trained), of every optimizer step in `steps`.
-
-    An epoch is a permutation drawn from (seed, epoch) alone, cut into steps of `samples_per_step`. A rank
-    left without a sample takes part with the step's shortest one, which is not `trained`.
+    An epoch is a permutation drawn from (seed, epoch), cut into steps. Longest first, a step's samples go to
+    the rank with the least load. One left without takes part with the shortest, which is not `trained`.
     """
+    for step in steps:
+        epoch, position = divmod(step, -(-len(lengths) // samples_per_step))
+        if position == 0 or step == steps[0]:
+            order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
+        samples = order[position * samples_per_step :][:samples_per_step].tolist()
+        shares, loads = [[] for _ in range(world_size)], [0] * world_size
+        for sample in sorted(samples, key=lambda sample: -lengths[sample]):
+            lightest = loads.index(min(loads))
+            shares[lightest].append(sample)
+            loads[lightest] += lengths[sample]
+        yield (shares[rank], True) if shares[rank] else ([min(samples, key=lengths.__getitem__)], False)
 
-    def __init__(self, lengths, samples_per_step, seed, rank, world_size, steps):
-        self.lengths, self.samples_per_step, self.seed = lengths, samples_per_step, seed
-        self.rank, self.world_size, self.steps = rank, world_size, steps
 
-    def __iter__(self):
-        for step in self.steps:
-            epoch, position = divmod(step, -(-len(self.lengths) // self.samples_per_step))
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
-            samples = order[position * self.samples_per_step :][: self.samples_per_step].tolist()
-            share = deal(samples, self.lengths, self.world_size)[self.rank]
-            yield (share, True) if share else ([min(samples, key=self.lengths.__getitem__)], False)
+def cut(samples, batch_size, max_tokens):
+    """Cut (positions, sample) pairs into micro-batches, longest first: its first gives each its width."""
+    micro_batches, room = [], 0
+    for length, sample in sorted(samples, key=lambda pair: -pair[0]):
+        if not micro_batches or len(micro_batches[-1]) == room:
+            micro_batches.append([])
+            room = max(1, max_tokens // length) if max_tokens else batch_size
+        micro_batches[-1].append((length, sample))
+    return micro_batches
 
 
 class StepDataset(Dataset):
@@ -249,22 +265,17 @@ class StepDataset(Dataset):
 
     def __getitem__(self, share):
         indices, trained = share
-        samples = sorted(map(self.sample, indices), key=lambda pair: -pair[0])
-        micro_batches, room = [], 0
-        for length, sample in samples:  # longest first: the first of a micro-batch gives its width
-            if not micro_batches or len(micro_batches[-1]) == room:
-                micro_batches.append([])
-                room = max(1, self.max_tokens // length) if self.max_tokens else self.batch_size
-            micro_batches[-1].append((length, sample))
+        micro_batches = cut(map(self.sample, indices), self.batch_size, self.max_tokens)
         return [self.collate(*zip(*micro_batch), trained) for micro_batch in micro_batches]
 
     def sample(self, index):
         """(positions, sample) of one entry, afresh: the collator leaves marks in it that it would misread."""
         entry = {key: self.entries[index].get(key) for key in ("messages", "start_index")}
         input_ids, label_ids, _, _ = prepare_chatml_sample(entry, self.tokenizer)
-        if input_ids is None:
-            raise PipelineError(f"entry {index}: upstream's prepare_chatml_sample refuses it")
-        codes = [torch.from_numpy(np.load(self.clips[name][0])).long() for _, _, name in clips_of(entry)]
+        codes = [load_codes(self.clips[name][0]) for _, _, name in clips_of(entry)]
+        if input_ids is None or any(code is None for code in codes):
+            raise PipelineError(f"entry {index}: upstream refuses it, or its codes were lost; start again")
+        codes = [torch.tensor(code, dtype=torch.long) for code in codes]  # (num_codebooks, T)
         waves = [load_waveform(WHISPER_RATE, part) for role, part, _ in clips_of(entry)
                  if role != "assistant" and self.collator.encode_whisper_embed]
         sample = ChatMLDatasetSample(
@@ -287,13 +298,3 @@ class StepDataset(Dataset):
         counts[: len(labels)] = torch.tensor([(label[..., 1:] != -100).sum() for label in labels])
         counts[-3:] = torch.tensor([len(samples) * trained, sum(lengths), len(samples) * lengths[0]])
         return batch, counts
-
-
-def build_collator(config, whisper_processor, return_audio_in_tokens):
-    """The collator exactly as serve_engine.py builds it, but for `return_audio_in_tokens`."""
-    return HiggsAudioSampleCollator(
-        whisper_processor=whisper_processor, encode_whisper_embed=config.encode_whisper_embed,
-        audio_in_token_id=config.audio_in_token_idx, audio_out_token_id=config.audio_out_token_idx,
-        audio_stream_bos_id=config.audio_stream_bos_id, audio_stream_eos_id=config.audio_stream_eos_id,
-        pad_token_id=config.pad_token_id, return_audio_in_tokens=return_audio_in_tokens, round_to=1,
-        use_delay_pattern=config.use_delay_pattern, audio_num_codebooks=config.audio_num_codebooks)

@@ -3,108 +3,176 @@
 The adapter is plain PEFT: PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(base), folder) loads it.
 """
 
+import fcntl
 import functools
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
+import sys
+import uuid
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from boson_multimodal.audio_processing.higgs_audio_tokenizer import load_higgs_audio_tokenizer
+from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioSampleCollator
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, get_cosine_schedule_with_warmup
 
-from dataset import PipelineError
+import dataset
+from dataset import PipelineError, blaming
 
 # Matched against the whole name: suffixes like peft's usual q_proj would reach audio_tower.layers... too.
 # The Whisper tower, the heads and the embeddings stay as they are.
 TARGET_MODULES = r"layers\.\d+\.((self_attn|audio_attn)\.[qkvo]_proj|(mlp|audio_mlp)\.(gate|up|down)_proj)"
 
 
+def fingerprint(files):
+    """sha256 of each file's size and of 2 MiB at 64 places in it: under 128 MiB that is all of it."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        with open(file, "rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            digest.update(str(size).encode())
+            for place in range(64):
+                stream.seek(size * place // 64)
+                digest.update(stream.read(2**21))
+    return digest.hexdigest()
+
+
 def open_base(name):
-    """Read a base checkpoint's config and text tokenizer. Raises PipelineError where there is none."""
-    try:
+    """A base checkpoint's (config, text tokenizer, fingerprint). PipelineError where there is none."""
+    with blaming(f"--base_ckpt {name}: no Higgs Audio checkpoint there"):
         settings, _ = PretrainedConfig.get_config_dict(name)
         if settings.get("model_type") != "higgs_audio":
             raise PipelineError(f"--base_ckpt {name} is {settings.get('model_type')}, not higgs_audio")
-        return HiggsAudioConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PipelineError(f"--base_ckpt {name}: no Higgs Audio checkpoint there ({error})") from None
+        folder = Path(name if os.path.exists(name) else snapshot_download(name))
+        weights = fingerprint([folder / "config.json", *folder.glob("*.safetensors")])
+        return HiggsAudioConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name), weights
 
 
 def open_codec(name, config):
     """Find the codec: (folder, fingerprint). Raises PipelineError where there is none or it does not fit."""
-    try:
+    with blaming(f"--audio_tokenizer {name}: no codec there"):
         folder = Path(name if os.path.exists(name) else snapshot_download(name))
         codec = json.loads((folder / "config.json").read_text())
-        with open(folder / "model.pth", "rb") as weights:
-            fingerprint = hashlib.file_digest(weights, "sha256").hexdigest()
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"--audio_tokenizer {name}: no codec there ({error})") from None
+        weights = fingerprint([folder / "config.json", folder / "model.pth"])
     codebooks, size = codec.get("n_q", 8), codec.get("bins", 1024)  # the defaults of HiggsAudioTokenizer
     if codebooks < config.audio_num_codebooks or size != config.audio_codebook_size:
         raise PipelineError(f"--audio_tokenizer {name} has {codebooks} codebooks of {size}, the base needs "
                             f"{config.audio_num_codebooks} of {config.audio_codebook_size}")
-    return folder, fingerprint
+    return folder, weights
+
+
+def check_references(entries, config, setting):
+    """Whether clips of user and system turns reach the model as codes (`setting`: --return_audio_in_tokens).
+
+    Raises PipelineError for entries whose clips would reach it neither so nor by Whisper; "false" only warns.
+    """
+    encodes = config.encode_audio_in_tokens
+    as_codes = {"auto": encodes, "true": True, "false": False}[setting]
+    heard = (as_codes and encodes) or config.encode_whisper_embed
+    deaf = [([i], "its reference clip never reaches the model") for i, entry in enumerate(entries)
+            if not heard and any(role != "assistant" for role, _, _ in dataset.clips_of(entry))]
+    if setting != "false":
+        dataset.refuse(f"encode_audio_in_tokens {encodes}, --return_audio_in_tokens {setting} (use auto, or "
+                       "put references into assistant turns before start_index)", deaf)
+    elif deaf and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {len(deaf)} entries train deaf, the first is {deaf[0][0]}", file=sys.stderr)
+    return as_codes
+
+
+def build_collator(config, whisper_processor, return_audio_in_tokens):
+    """The collator exactly as serve_engine.py builds it, but for `return_audio_in_tokens`."""
+    whisper = None
+    if config.encode_whisper_embed:
+        with blaming(f"--whisper_processor {whisper_processor}: no processor there"):
+            whisper = AutoProcessor.from_pretrained(whisper_processor)
+    return HiggsAudioSampleCollator(
+        whisper_processor=whisper, encode_whisper_embed=config.encode_whisper_embed,
+        audio_in_token_id=config.audio_in_token_idx, audio_out_token_id=config.audio_out_token_idx,
+        audio_stream_bos_id=config.audio_stream_bos_id, audio_stream_eos_id=config.audio_stream_eos_id,
+        pad_token_id=config.pad_token_id, return_audio_in_tokens=return_audio_in_tokens, round_to=1,
+        use_delay_pattern=config.use_delay_pattern, audio_num_codebooks=config.audio_num_codebooks)
+
+
+def open_inputs(args, device):
+    """Open and check all that a user can get wrong, cheapest first, before anything is loaded."""
+    entries = dataset.load_manifest(args.train_manifest)
+    config, tokenizer, base = open_base(args.base_ckpt)
+    codec, weights = open_codec(args.audio_tokenizer, config)
+    cache = args.code_cache or args.train_manifest.parent / "code_cache"
+    with blaming(f"--code_cache {cache} cannot be made"):
+        cache.mkdir(parents=True, exist_ok=True)
+    clips = dataset.find_clips(entries, cache, f"{weights} {device.type}")
+    heard = check_references(entries, config, args.return_audio_in_tokens)
+    return entries, clips, codec, tokenizer, build_collator(config, args.whisper_processor, heard), base
 
 
 def load_codec(folder, device):
     """Load the codec onto `device`. Raises PipelineError where that fails, or it was never trained."""
-    try:
+    with blaming(f"--audio_tokenizer {folder}, or its HuBERT (bosonai/hubert_base), cannot be loaded"):
         codec = load_higgs_audio_tokenizer(str(folder), device=str(device))
-    # OSError: its HuBERT (bosonai/hubert_base) is not to be had; the others: model.pth is no such file
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise PipelineError(f"--audio_tokenizer {folder} cannot be loaded ({error})") from None
     if not all(buffer.all() for name, buffer in codec.named_buffers() if name.endswith("inited")):
         raise PipelineError(f"--audio_tokenizer {folder} has codebooks that were never trained")
     return codec
 
 
-def open_whisper(name):
-    """The processor of checkpoints that embed Whisper features. Raises PipelineError where there is none."""
-    try:
-        return AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"--whisper_processor {name}: no processor there ({error})") from None
+def encode_clips(clips, codec, num_workers, store, show):
+    """Encode `clips` together with the other ranks; a file appears whole or not at all. Refuses bad ones.
+
+    Each rank takes the next clip when it is ready for one, by a counter in the process group's `store`: the
+    shares then balance by what the clips really take. The bar of the rank that is to `show` counts them all.
+    """
+    rate = codec.sampling_rate
+    following = iter(lambda: min(store.add("clips taken", 1) - 1, len(clips)), len(clips))  # 0, 1, ...
+    waves = DataLoader(clips, sampler=following, batch_size=None, num_workers=num_workers,
+                       collate_fn=lambda clip: (*clip[:2], dataset.load_waveform(rate, clip[2])),
+                       worker_init_fn=dataset.ignore_signals)
+    problems, bar = [], tqdm(desc="encoding clips", total=len(clips), disable=not show)
+    for file, entries, wave in waves:
+        if isinstance(wave, str):
+            problems.append((entries, wave))
+            continue
+        # One clip at a time: padding a batch of clips changes their codes
+        codes = codec.encode(wave, rate).squeeze(0).cpu()  # (num_codebooks, T)
+        unfinished = file.with_name(f"{uuid.uuid4().hex}.unfinished")
+        try:
+            with blaming(f"--code_cache {file.parent} cannot be written"):
+                with open(unfinished, "wb") as stream:
+                    np.save(stream, codes.numpy().astype(np.int16))
+                unfinished.rename(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        bar.update(store.add("clips done", 1) - bar.n)
+    dataset.refuse("clips", problems)
 
 
 def load_base(name, dtype, device):
     """Load the frozen HiggsAudioModel straight to `device`, never whole into CPU memory first."""
-    try:
+    with blaming(f"--base_ckpt {name}: its weights cannot be loaded"):
         model, info = HiggsAudioModel.from_pretrained(name, torch_dtype=dtype, device_map={"": device},
                                                       output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise PipelineError(f"--base_ckpt {name}: its weights cannot be loaded ({error})") from None
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
         raise PipelineError(f"--base_ckpt {name} lacks the weights {sorted(info['missing_keys'])[:5]}")
     return model.requires_grad_(False)
 
 
-def find_target_modules(model):
-    """Names of the modules that get LoRA: the decoder layers' projections in attention and in both FFNs.
-
-    On the released model 280: 28 layers of 4 + 3 + 3. Raises PipelineError where there are none.
-    """
-    names = [name for name, _ in model.named_modules() if re.fullmatch(TARGET_MODULES, name)]
-    if not names:
-        raise PipelineError(f"{type(model).__name__} has no layers.0.self_attn.q_proj or the like for LoRA")
-    return names
-
-
 def attach(model, r, alpha, dropout, seed):
     """Wrap `model` in LoRA; the adapter is float32 whatever the base's dtype, and drawn from `seed`.
 
-    No task type: PEFT's CAUSAL_LM would pass `labels`, which HiggsAudioModel.forward does not take.
+    On the released model 280 modules: 28 layers of 4 + 3 + 3 projections. No task type: PEFT's CAUSAL_LM
+    would pass `labels`, which HiggsAudioModel.forward does not take.
     """
-    find_target_modules(model)
     torch.manual_seed(seed)
     return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout,
                                             target_modules=TARGET_MODULES))
@@ -120,20 +188,34 @@ def take_text_head(model):
     return head
 
 
-def checkpoint_gradients(model):
-    """Recompute each decoder layer in backward. Upstream's layers ignore gradient_checkpointing_enable()."""
-    for layer in model.get_base_model().layers:
+def build_model(args, device):
+    """The base with LoRA, as `args` say, ready to train: (model, the text head that was taken out of it)."""
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    base = load_base(args.base_ckpt, torch.bfloat16 if bf16 else torch.float32, device)
+    model = attach(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
+    text_head = take_text_head(model)
+    for layer in base.layers if args.gradient_checkpointing else ():  # they ignore transformers' own switch
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    return model.train(), text_head
 
 
-def save(model, folder):
-    """Write adapter_config.json and adapter_model.safetensors, LoRA tensors only, into `folder`."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+def open_output(output_dir, wanted):
+    """Make and claim the folder; returns the checkpoint to resume from, or None (`wanted`: auto, path, None).
 
-
-def load(model, folder, trainable=False):
-    """Put the adapter in `folder` on the base `model`; returns a PeftModel."""
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    Raises PipelineError where it cannot be written, is in use, or holds results that would be overwritten.
+    """
+    with blaming(f"--output_dir {output_dir} cannot be written, or another run is training into it"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(output_dir / "lock", os.O_CREAT | os.O_RDWR)  # never closed: the kernel frees it when
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process ends, however that happens
+    found, finished = checkpoints(output_dir), (output_dir / "adapter_model.safetensors").exists()
+    if wanted == "auto" and (found or not finished):
+        return found[-1] if found else None
+    newest = wanted and (not found or found[-1].resolve() == Path(wanted).resolve())
+    if finished or found and not newest:
+        raise PipelineError(f"--output_dir {output_dir} already holds an adapter or checkpoints; choose "
+                            "another, or go on with --resume_from_checkpoint auto")
+    return wanted and Path(wanted)
 
 
 def checkpoints(output_dir):
@@ -142,42 +224,77 @@ def checkpoints(output_dir):
     return sorted(found, key=lambda folder: int(folder.name[11:]))
 
 
-def find_checkpoint(output_dir, wanted):
-    """The checkpoint to resume from, or None. Raises PipelineError where results would be overwritten."""
-    found, finished = checkpoints(output_dir), (output_dir / "adapter_model.safetensors").exists()
-    if wanted == "auto" and (found or not finished):
-        return found[-1] if found else None
-    if wanted not in (None, "auto"):
-        if not (Path(wanted) / "trainer_state.pt").is_file():
-            raise PipelineError(f"--resume_from_checkpoint {wanted}: there is no trainer_state.pt in it")
-        return Path(wanted)
-    if found or finished:
-        raise PipelineError(f"--output_dir {output_dir} already holds an adapter or checkpoints; choose "
-                            "another, or go on with --resume_from_checkpoint auto")
-    return None
-
-
-def save_checkpoint(output_dir, model, state, keep):
-    """Write checkpoint-<step> whole or not at all, then remove all but the newest `keep`."""
-    unfinished = output_dir / "unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save(model, unfinished)
-    torch.save(state, unfinished / "trainer_state.pt")
-    whole = output_dir / f"checkpoint-{state['step']}"
-    shutil.rmtree(whole, ignore_errors=True)  # of an earlier run, where this one resumed before it
-    unfinished.rename(whole)
-    for folder in checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(folder)
-
-
-def restore(folder, model, optimizer, schedule, run):
-    """Load a checkpoint into this run; returns its step. Raises PipelineError where it is another run's."""
-    state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
-    before = state["run"]
+def read_checkpoint(folder, run):
+    """A checkpoint's state. Raises PipelineError where it is damaged, or another run's than `run`."""
+    file = folder / "trainer_state.pt"
+    with blaming(f"{folder} is damaged, or no checkpoint of this trainer; remove it, and "
+                 "--resume_from_checkpoint auto takes the one before"):
+        if damaged := zipfile.ZipFile(file).testzip():  # torch.load looks at no checksum
+            raise ValueError(f"the checksum of {damaged} differs")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        before = state["run"]
     differing = [f"{key} was {before.get(key)}, is {run[key]}" for key in run if before.get(key) != run[key]]
     if differing:
         raise PipelineError(f"{folder} belongs to another run: " + "; ".join(differing))
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return state["step"]
+    return state
+
+
+def build_optimizer(model, args, total, state):
+    """AdamW, cosine schedule and adapter at state["step"] of `total`: (parameters, optimizer, schedule)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": parameters, "initial_lr": args.lr}], lr=args.lr,
+                                  weight_decay=args.weight_decay, fused=True)
+    if state["step"]:  # learning rate and weight decay are the command line's
+        set_peft_model_state_dict(model, state["adapter"])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup_ratio * total), total,
+                                               last_epoch=state["step"] - 1)
+    return parameters, optimizer, schedule
+
+
+def save_checkpoint(output_dir, model, optimizer, run, keep, step):
+    """Write checkpoint-<step> whole or not at all, then remove all but the newest `keep`."""
+    unfinished, whole = output_dir / "unfinished", output_dir / f"checkpoint-{step}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with blaming(f"{whole} cannot be written; those before it are whole: make room, and go on with "
+                 "--resume_from_checkpoint auto"):
+        model.save_pretrained(str(unfinished), save_embedding_layers=False)
+        state = dict(run=run, step=step, adapter=get_peft_model_state_dict(model),
+                     optimizer=optimizer.state_dict()["state"])
+        torch.save(state, unfinished / "trainer_state.pt")
+        os.sync()  # all of it on the disk before it has its name
+        unfinished.rename(whole)
+        for folder in checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(folder)
+
+
+def publish(checkpoint, output_dir):
+    """Copy a checkpoint's adapter to where the final one belongs, each file whole or not at all."""
+    with blaming(f"the adapter of {checkpoint} cannot be copied to --output_dir; make room and start again"):
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(checkpoint / name, output_dir / f"{name}.unfinished")
+            os.replace(output_dir / f"{name}.unfinished", output_dir / name)
+
+
+def open_board(output_dir, step):
+    """TensorBoard's writer; and takes out of metrics.jsonl what a killed run had written after `step`."""
+    file = output_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    file.write_text("".join(kept))
+    return SummaryWriter(output_dir / "runs", purge_step=step + 1)
+
+
+def report(output_dir, board, losses, metrics):
+    """Add a line to metrics.jsonl and points to TensorBoard. losses: the text's, then each codebook's."""
+    audio_loss = sum(codebooks := losses[1:]) / len(codebooks)
+    metrics = {"loss": losses[0] + audio_loss, "text_loss": losses[0], "audio_loss": audio_loss, **metrics}
+    curves = metrics | {f"codebook_{k}": loss for k, loss in enumerate(codebooks)}
+    line = metrics | {"audio_loss_per_codebook": codebooks}
+    with blaming(f"--output_dir {output_dir} cannot be written"):
+        with open(output_dir / "metrics.jsonl", "a") as stream:
+            stream.write(re.sub("-?(NaN|Infinity)", "null", json.dumps(line)) + "\n")  # JSON has neither
+        for name in curves.keys() - {"step"}:
+            board.add_scalar(name, curves[name], metrics["step"])
+        board.flush()

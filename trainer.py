@@ -5,14 +5,17 @@
         --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05
 
 Without torchrun: one process. --output_dir receives the adapter, checkpoint-<step>/, metrics.jsonl and runs/.
+With --resume_from_checkpoint auto, the same command goes on wherever it was killed, to the same adapter.
 """
 
 import argparse
 import atexit
 import contextlib
-import json
+import functools
+import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,15 +24,16 @@ from resource import RUSAGE_SELF, getrusage
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 import dataset
 import lora
 from dataset import PipelineError
+
+HALT = 3  # so many steps in a row that could not be applied end the run
 
 
 def parse_args(argv=None):
@@ -66,79 +70,54 @@ def parse_args(argv=None):
     add("--save_steps", type=int, default=500)
     add("--save_total_limit", type=int, default=3)
     add("--resume_from_checkpoint", help="a folder, or auto: the newest in --output_dir, if any")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        low = 1 if type(value) is int and name not in ("seed", "num_workers") else 0
+        high = 1 if name in ("lora_dropout", "warmup_ratio") else math.inf
+        if type(value) in (int, float) and not low <= value <= high:
+            parser.error(f"--{name} is {value}; expected {low} or more" + ", at most 1" * (high == 1))
+    return args
 
 
 def join_ranks():
-    """Join the process group; return (rank, world_size, device). Without torchrun: a group of one."""
+    """Join the process group: (its store, device, rank, world_size). Without torchrun: a group of one."""
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    store, rank, world_size = next(rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # CPU tensors too have a backend, so that counts and messages never wait for the GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
-    return dist.get_rank(), dist.get_world_size(), device
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            store=store, rank=rank, world_size=world_size)
+    return store, device, rank, world_size
 
 
 def on_all_ranks(function, *args):
     """Call `function` on every rank; where one raises PipelineError all end, rank 0 with all messages."""
-    result, problem = None, None
+    result = problem = None
     try:
         result = function(*args)
     except PipelineError as error:
         problem = str(error)
     problems = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    if any(problems) and dist.get_rank() > 0:
-        sys.exit(1)  # rank 0 says it for all
     if any(problems):
-        raise PipelineError("\n".join(dict.fromkeys(filter(None, problems))))
+        said = "\n".join(dict.fromkeys(filter(None, problems)))
+        raise PipelineError(said) if dist.get_rank() == 0 else SystemExit(1)
     return result
 
 
-def open_inputs(args, device, rank):
-    """Open and check all that a user can get wrong, cheapest first, before anything is loaded."""
-    resumed = lora.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    entries = dataset.load_manifest(args.train_manifest)
-    config, tokenizer = lora.open_base(args.base_ckpt)
-    codec, fingerprint = lora.open_codec(args.audio_tokenizer, config)
-    cache = args.code_cache or args.train_manifest.parent / "code_cache"
-    for folder in (args.output_dir, cache):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PipelineError(f"--output_dir or --code_cache cannot be made: {error}") from None
-    clips = dataset.find_clips(entries, cache, f"{fingerprint} {device.type}")
-    # Clips of user and system turns are heard as codes, where collator and model take them, or by Whisper
-    setting, encodes = args.return_audio_in_tokens, config.encode_audio_in_tokens
-    follow = {"auto": encodes, "true": True, "false": False}[setting]
-    heard = (follow and encodes) or config.encode_whisper_embed
-    deaf = [(f"entry {i}", "its reference clip never reaches the model") for i, entry in enumerate(entries)
-            if not heard and any(role != "assistant" for role, _, _ in dataset.clips_of(entry))]
-    if setting != "false":
-        dataset.refuse(f"encode_audio_in_tokens {encodes}, --return_audio_in_tokens {setting} (use auto, or "
-                       "put references into assistant turns before start_index)", deaf)
-    elif deaf and rank == 0:
-        print(f"warning: {len(deaf)} entries train deaf: {deaf[0][0]}: {deaf[0][1]}", file=sys.stderr)
-    whisper = lora.open_whisper(args.whisper_processor) if config.encode_whisper_embed else None
-    collator = dataset.build_collator(config, whisper, follow)
-    return entries, clips, codec, tokenizer, collator, resumed
+def on_rank_0(function, *args):
+    """Call `function` on rank 0 alone: all ranks get its result, or end with its PipelineError."""
+    result = [on_all_ranks(lambda: function(*args) if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(result)
+    return result[0]
 
 
-def encode_missing(clips, codec, device, num_workers):
-    """Encode the clips that the cache lacks, each on one rank. Collective."""
-    rank, plan = dist.get_rank(), [None]
-    if rank == 0:  # alone: the others, looking later, would find files that are being made
-        missing = {name: os.path.getsize(name) if name == part["audio_url"] else len(name)  # or inline
-                   for name, (file, _, part) in clips.items() if not file.exists()}
-        plan = [dataset.deal(missing, missing, dist.get_world_size())]
-    dist.broadcast_object_list(plan)
-    if any(plan[0]):
-        share = sorted((clips[name] for name in plan[0][rank]), key=lambda clip: clip[1])  # by entry
+def encode_missing(clips, codec, device, num_workers, store):
+    """Encode the clips that the cache lacks, each on one rank; `store` is the group's, fresh. Collective."""
+    if missing := [clips[i] for i in on_rank_0(dataset.find_missing, clips)]:
         codec = on_all_ranks(lora.load_codec, codec, device)
-        on_all_ranks(dataset.encode_clips, share, codec, num_workers, rank == 0)
-    unseen = [(f"entry {entry}", file) for file, entry, _ in clips.values() if not file.exists()]
-    on_all_ranks(dataset.refuse, "codes unseen on this node; give a --code_cache that all share", unseen)
+        on_all_ranks(lora.encode_clips, missing, codec, num_workers, store, dist.get_rank() == 0)
 
 
 def loss_sums(outputs, batch, counts, text_head):
@@ -146,56 +125,63 @@ def loss_sums(outputs, batch, counts, text_head):
 
     Position t of the logits predicts label t + 1: HiggsAudioModel.forward aligns them, unshifted. The first
     column of every audio segment is all -100, so the shift never crosses from one clip to the next.
-    `counts` holds the number of text labels, known from the collation: selecting them then needs no sync.
+    `counts` holds the number of text labels: known from the collation, they are selected without a sync.
     """
     labels = outputs.expanded_labels[:, 1:].flatten()  # (B * (T - 1),)
     selected = (labels != -100).nonzero_static(size=int(counts[0])).squeeze(1)  # (text labels,)
     hidden = outputs.logits[:, :-1].flatten(0, 1)[selected]  # (text labels, hidden): the head was taken out
     text_sum = F.cross_entropy(text_head(hidden).float(), labels[selected], reduction="sum")
-
     audio_logits = outputs.audio_logits[:-1]  # (A - 1, num_codebooks, codebook_size + 2), all clips in a row
     labels = batch["label_audio_ids"][:, 1:].T.reshape(audio_logits.shape[:2])  # (A - 1, num_codebooks)
     losses = F.cross_entropy(audio_logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
     return torch.cat([text_sum[None], losses.view(labels.shape).sum(0)])
 
 
-def compute_gradients(model, text_head, micro_batches, device, bf16, counts):
+def compute_gradients(model, text_head, micro_batches, counts, halt):
     """Forward and backward over a step's micro-batches; the last one also averages the gradients over ranks.
 
     counts: the step's labels over all ranks, (1 + num_codebooks,). Returns this rank's loss sums, likewise,
-    still on the device.
+    still on the device; or None, where a rank's `halt` (see main) made all agree to stop before the last one.
     """
+    device, dtype = text_head.weight.device, text_head.weight.dtype
     sums = torch.zeros(len(counts), device=device)
     weights = (dist.get_world_size() / counts.clamp(min=1)).to(device)  # DDP averages over ranks: undo it
     weights[1:] /= len(counts) - 1
     for i, (batch, own_counts) in enumerate(micro_batches):
+        last, asked = i == len(micro_batches) - 1, halt.max()
+        if last:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked >= HALT:
+            continue
         batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        with model.no_sync() if i < len(micro_batches) - 1 else contextlib.nullcontext():
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with contextlib.nullcontext() if last else model.no_sync():
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 outputs = model(**batch)
                 losses = loss_sums(outputs, batch, own_counts, text_head)
-            (losses * weights).sum().backward()
+            loss = (losses * weights).sum()
+            loss.backward(1 + 0 * loss.detach())  # not finite, it makes the gradients so, on all ranks
         sums += losses.detach()
-    return sums
+    return None if asked >= HALT else sums
 
 
-def rehearse(model, text_head, data, lengths, device, bf16):
-    """Forward and synchronised backward of the largest micro-batch, no update: out-of-memory shows now.
+def rehearse(model, text_head, data, lengths):
+    """Forward and backward of the largest micro-batch, twice, no update: out-of-memory shows now.
 
-    And DDP lays out its buckets anew after its first backward, which from three ranks on changes the order of
-    sums: without this a resumed run would differ in the last bits.
+    In its second forward DDP lays out its buckets anew, a collective. Later, ranks with more and with fewer
+    micro-batches would meet it in different order, and a resumed run add up in another. Returns the counts.
     """
-    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-    longest = by_length[-64 if data.max_tokens else -data.batch_size :]
-    batch, counts = data[longest, True][0]
+    samples = dataset.cut(zip(lengths, range(len(lengths))), data.batch_size, data.max_tokens)
+    largest = [i for _, i in max(samples, key=lambda samples: len(samples) * samples[0][0])]
+    batch, counts = max(data[largest, True], key=lambda micro_batch: micro_batch[1][-1])
     try:
-        compute_gradients(model, text_head, [(batch, counts)], device, bf16, counts[:-3])
+        for _ in range(2):
+            compute_gradients(model, text_head, [(batch, counts)], counts[:-3], torch.zeros(1))
     except torch.OutOfMemoryError:
-        raise PipelineError(
-            f"out of memory on the largest micro-batch: {counts[-3]} samples, {counts[-1]} positions, with "
-            f"entry {longest[-1]}; try --gradient_checkpointing, a smaller --batch_size or --max_tokens, "
-            "--precision bf16, or leave that entry out") from None
+        raise PipelineError(f"out of memory on the largest micro-batch, {counts[-1]} positions of entries "
+                            f"{largest}; try --gradient_checkpointing, a smaller --batch_size or "
+                            "--max_tokens, --precision bf16, or leave the longest out") from None
     model.zero_grad()
+    return counts
 
 
 def update(optimizer, schedule, parameters, max_grad_norm):
@@ -208,93 +194,107 @@ def update(optimizer, schedule, parameters, max_grad_norm):
     return norm
 
 
+def catch_signals(halt):
+    """Ctrl-C and SIGTERM: before training (halt[0] < 0) exit, then ask to stop, a second one ends at once."""
+    asked = []
+    def handle(number, _):
+        if halt[0] < 0:
+            sys.exit(0)
+        if asked and time.monotonic() - asked[-1] > 2:  # torchrun passes on what the ranks may have got, too
+            os._exit(128 + number)
+        asked.append(time.monotonic())
+        halt[0] = HALT
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+
+
 def main(args):
-    rank, world_size, device = join_ranks()
-    entries, clips, codec, tokenizer, collator, resumed = on_all_ranks(open_inputs, args, device, rank)
-    encode_missing(clips, codec, device, args.num_workers)
-    lengths = on_all_ranks(dataset.measure, entries, clips, collator)
-    data = dataset.StepDataset(entries, clips, tokenizer, collator, args.batch_size, args.max_tokens)
+    store, device, rank, world_size = join_ranks()
+    # Reasons to stop, from HALT on: a signal; steps in a row that were not applied, which the device counts
+    # and copies here without being waited for, so that it is seen a step or two later
+    halt = torch.tensor([-1, 0], pin_memory=device.type == "cuda")
+    catch_signals(halt)
+    resumed = on_rank_0(lora.open_output, args.output_dir, args.resume_from_checkpoint)
+    entries, clips, codec, tokenizer, collator, base = on_all_ranks(lora.open_inputs, args, device)
     samples_per_step = args.batch_size * args.grad_accum * world_size
     steps_per_epoch = -(-len(entries) // samples_per_step)
     total = args.max_steps or args.epochs * steps_per_epoch
-
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    base = on_all_ranks(lora.load_base, args.base_ckpt, torch.bfloat16 if bf16 else torch.float32, device)
-    model = lora.attach(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
-    text_head = lora.take_text_head(model)
-    if args.gradient_checkpointing:
-        lora.checkpoint_gradients(model)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup_ratio * total), total)
-    run = dict(base_ckpt=args.base_ckpt, lora_r=args.lora_r, lora_alpha=args.lora_alpha, seed=args.seed,
-               entries=len(entries), samples_per_step=samples_per_step)
-    first = on_all_ranks(lora.restore, resumed, model, optimizer, schedule, run) if resumed else 0
+    run = dict(base_ckpt=base, train_manifest=lora.fingerprint([args.train_manifest]), lora_r=args.lora_r,
+               lora_alpha=args.lora_alpha, seed=args.seed, samples_per_step=samples_per_step)
+    state = on_all_ranks(lora.read_checkpoint, resumed, run) if resumed else {"step": 0}
+    first = state["step"]
+    if first >= total:
+        on_rank_0(lora.publish, resumed, args.output_dir)  # killed just before that, it would be missing
+        return on_rank_0(print, f"finished before: {first} steps, the adapter is in {args.output_dir}")
+    encode_missing(list(clips.values()), codec, device, args.num_workers, store)
+    lengths, _ = on_all_ranks(dataset.measure, entries, clips, collator)
+    data = dataset.StepDataset(entries, clips, tokenizer, collator, args.batch_size, args.max_tokens)
+    model, text_head = on_all_ranks(lora.build_model, args, device)
+    parameters, optimizer, schedule = lora.build_optimizer(model, args, total, state)
     for parameter in parameters:  # DDP itself would send the whole frozen base (init_sync)
         dist.broadcast(parameter.data, src=0)
-    model = DistributedDataParallel(model.train(), broadcast_buffers=False, init_sync=False,
+    model = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False,
                                     gradient_as_bucket_view=True)
-    rehearse(model, text_head, data, lengths, device, bf16)
+    rehearse(model, text_head, data, lengths)
 
-    sampler = dataset.StepSampler(lengths, samples_per_step, args.seed, rank, world_size, range(first, total))
-    loader = DataLoader(data, sampler=sampler, batch_size=None, num_workers=args.num_workers,
+    shares = dataset.deal_steps(lengths, samples_per_step, args.seed, rank, world_size, range(first, total))
+    loader = DataLoader(data, sampler=shares, batch_size=None, num_workers=args.num_workers,
                         pin_memory=device.type == "cuda", worker_init_fn=dataset.ignore_signals)
-    board = SummaryWriter(args.output_dir / "runs") if rank == 0 else None
+    board = lora.open_board(args.output_dir, first) if rank == 0 else None
+    save = functools.partial(on_rank_0, lora.save_checkpoint, args.output_dir, model.module, optimizer, run,
+                             args.save_total_limit)
+    halt[0], (in_a_row, skipped) = 0, torch.zeros(2, dtype=torch.int64, device=device)
     bar = tqdm(range(first + 1, total + 1), "training", initial=first, total=total, disable=rank > 0)
-    batches, since, waited, seen = iter(loader), time.perf_counter(), 0.0, 0
+    batches, since, waited, seen, done = iter(loader), time.perf_counter(), 0.0, 0, first
     for step in bar:
         asked = time.perf_counter()
         micro_batches = next(batches)
         waited += time.perf_counter() - asked
         counts = sum(counts for _, counts in micro_batches)  # (num_codebooks + 4,)
         dist.all_reduce(counts)
-        seen += counts[-3:]
         # Dropout follows from these three alone: no generator state to save, and resuming is exact
         torch.manual_seed(hash((args.seed, step, rank)))  # of integers: the same in every process
-        sums = compute_gradients(model, text_head, micro_batches, device, bf16, counts[:-3])
-        norm = update(optimizer, schedule, parameters, args.max_grad_norm)
+        sums = compute_gradients(model, text_head, micro_batches, counts[:-3], halt)
+        if sums is None:
+            break
+        norm, done = update(optimizer, schedule, parameters, args.max_grad_norm), step
+        in_a_row = (in_a_row + 1) * (~norm.isfinite() | (in_a_row >= HALT))
+        halt[1:].copy_(in_a_row, non_blocking=True)
+        skipped, seen = skipped + ~norm.isfinite(), seen + counts[-3:]
         if step % args.logging_steps == 0 or step == total:
             dist.all_reduce(sums)
-            text_loss, *audio_losses = (sums.cpu() / counts[:-3].clamp(min=1)).tolist()  # CPU-GPU sync point
-            audio_loss, took = sum(audio_losses) / len(audio_losses), time.perf_counter() - since
-            samples, positions, padded = seen.tolist()
+            losses = sums.cpu() / counts[:-3].clamp(min=1)  # CPU-GPU sync point
+            took, (samples, positions, padded) = time.perf_counter() - since, seen.tolist()
             peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024  # bytes
-            metrics = {
-                "epoch": step / steps_per_epoch, "loss": text_loss + audio_loss, "text_loss": text_loss,
-                "audio_loss": audio_loss, "audio_loss_per_codebook": audio_losses,
-                "lr": schedule.get_last_lr()[0], "grad_norm": norm.item(), "samples_per_s": samples / took,
+            on_rank_0(lora.report, args.output_dir, board, losses.tolist(), {
+                "step": step, "epoch": step / steps_per_epoch, "lr": schedule.get_last_lr()[0],
+                "grad_norm": norm.item(), "skipped_steps": skipped.item(), "samples_per_s": samples / took,
                 "tokens_per_s": positions / took, "padding": 1 - positions / padded,
-                "data_wait": waited / took, "max_memory_gb": peak / 1e9}
-            if rank == 0:
-                with open(args.output_dir / "metrics.jsonl", "a") as stream:
-                    stream.write(json.dumps({"step": step, **metrics}) + "\n")
-                curves = metrics | {f"codebook_{k}": loss for k, loss in enumerate(audio_losses)}
-                for name in curves.keys() - {"audio_loss_per_codebook"}:
-                    board.add_scalar(name, curves[name], step)
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+                "data_wait": waited / took, "max_memory_gb": peak / 1e9})
+            bar.set_postfix(loss=f"{losses[0] + losses[1:].mean():.3f}")
             since, waited, seen = time.perf_counter(), 0.0, 0
-        if step % args.save_steps == 0 and rank == 0:
-            state = dict(run=run, step=step, optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
-            lora.save_checkpoint(args.output_dir, model.module, state, args.save_total_limit)
-    if rank == 0:
-        lora.save(model.module, args.output_dir)
-        print(f"done: {total} steps, the adapter is in {args.output_dir}")
-    dist.barrier()
+        if step % args.save_steps == 0 or step == total:
+            save(step)
+    if done < total and in_a_row >= HALT:
+        bad = range(done - int(in_a_row), done)
+        shares = dataset.deal_steps(lengths, samples_per_step, args.seed, rank, world_size, bad)
+        on_all_ranks(dataset.refuse, "loss or gradient not finite, no step applied; lower --lr, or look at",
+                     [(f"step {step + 1}", f"entries {share}") for step, (share, _) in zip(bad, shares)])
+    if done < total:
+        if done > first and done % args.save_steps:
+            save(done)
+        return on_rank_0(print, f"stopped at step {done}; --resume_from_checkpoint auto goes on")
+    on_rank_0(lora.publish, args.output_dir / f"checkpoint-{total}", args.output_dir)
+    on_rank_0(print, f"done: {total} steps, the adapter is in {args.output_dir}")
 
 
-def leave():
-    """At exit, whatever the reason: Python would send the workers SIGTERM, which they ignore, and wait."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
+# Workers ignore the SIGTERM after which Python would wait for them, whatever it exits for
+atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
 
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks, and tokenizers warns of each
-    atexit.register(leave)
     try:
         main(parse_args())
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        dist.destroy_process_group()
+    except PipelineError as error:  # a worker's comes with its traceback
+        sys.exit("error: " + str(error).rpartition("PipelineError: ")[2])

@@ -1,267 +1,237 @@
-"""Prove the pipeline on this machine, offline and without a GPU, in under three minutes:
+"""Prove the pipeline on this machine, or see what your own data holds before you pay for a training:
 
-    python validate_pipeline.py               builds a tiny random checkpoint, trains on it, checks it all
+    python validate_pipeline.py               builds a tiny random checkpoint, trains on it, checks it all:
+                                              offline, without a GPU, in under three minutes
     python validate_pipeline.py --keep DIR    the same; checkpoint, codec, clips and manifest stay in DIR
+    python validate_pipeline.py --train_manifest M --base_ckpt B [any other option of trainer.py]
+                                              preflight: tells what M holds and what is suspicious in it, and
+                                              runs the largest micro-batch; encodes its clips for the training
 """
 
 import argparse
+import collections
 import contextlib
-import dataclasses
-import inspect
-import io
-import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
+import time
+import unicodedata
 from pathlib import Path
-from types import SimpleNamespace
 
+import librosa
 import numpy as np
 import torch
-import transformers
-from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioBatchInput
-from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
-from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
-from loguru import logger
-from peft import PeftModel
-from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import dataset
 import lora
 import trainer
-from tests import tiny_checkpoint
+from dataset import PipelineError
+from tests import acceptance
 
-HERE = Path(__file__).resolve().parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-OVERFIT = ["--lora_dropout", "0", "--lr", "5e-3", "--grad_accum", "1", "--save_total_limit", "9"]
+FRAME_RATE, SAMPLE_RATE = 25, 24_000  # the codec's, 1/s
 READY = """torchrun --nproc_per_node=8 trainer.py --train_manifest train.json --output_dir out \\
     --base_ckpt bosonai/higgs-audio-v2-generation-3B-base \\
     --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"""
 
 
-def run(*command):
-    """Run a command as a user would; its output is shown only where it fails."""
-    done = subprocess.run(list(map(str, command)), cwd=HERE, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"FAILED: {' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}")
+def tell(name, text):
+    print(f"{name:<11} {text}", flush=True)
 
 
-def train(folder):
-    """Overfit the three entries on two ranks; then step 21 alone, from checkpoint-20, on one and on two."""
-    common = ["trainer.py", "--train_manifest", folder / "train.json", "--base_ckpt", folder / "model",
-              "--audio_tokenizer", folder / "codec", *OVERFIT]
-    two_ranks = [*TORCHRUN, "--standalone", "--nproc_per_node=2", *common, "--batch_size", 2]
-    run(*two_ranks, "--max_steps", 120, "--save_steps", 20, "--output_dir", folder / "out")
-    again = ["--resume_from_checkpoint", folder / "out/checkpoint-20", "--max_steps", 21, "--save_steps", 21,
-             "--max_grad_norm", 1e9]
-    run(sys.executable, *common, "--batch_size", 4, *again, "--output_dir", folder / "one_rank")
-    run(*two_ranks, *again, "--output_dir", folder / "two_ranks")
+def split_clips(entry):
+    """(names of its reference clips, [(names of a trained turn's clips, the text it answers)])."""
+    references, targets, said = [], [], ""
+    for i, turn in enumerate(entry["messages"]):
+        names = [name for _, _, name in dataset.clips_of({"messages": [turn]})]
+        text = " ".join(part["text"] for part in turn["content"] if "text" in part)
+        if turn["role"] == "assistant" and i >= (entry.get("start_index") or 0):
+            targets.append((names, f"{said} {text}".strip() if names else ""))
+        else:
+            references += names
+            said = text
+    return references, targets
 
 
-def open_lab(folder):
-    """Upstream's engine, set to hear references, and the trainer's own view of the same manifest."""
-    logger.disable("boson_multimodal")  # it tells every step of its start
-    transformers.logging.set_verbosity_error()
-    engine = HiggsAudioServeEngine(str(folder / "model"), str(folder / "codec"), device="cpu",
-                                   torch_dtype=torch.float32, kv_cache_lengths=[1024])
-    engine.collator.return_audio_in_tokens = True
-    args = trainer.parse_args([
-        f"--train_manifest={folder}/train.json", f"--base_ckpt={folder}/model", f"--output_dir={folder}/new",
-        f"--audio_tokenizer={folder}/codec"])
-    entries, clips, _, tokenizer, collator, _ = trainer.open_inputs(args, torch.device("cpu"), rank=0)
-    data = dataset.StepDataset(entries, clips, tokenizer, collator, batch_size=2, max_tokens=None)
-    return SimpleNamespace(folder=folder, engine=engine, model=engine.model, args=args, entries=entries,
-                           data=data)
+def describe_data(entries, frames):
+    """Entries, clips, hours, and how long their texts are, by script: what a language is written in."""
+    parts = [split_clips(entry) for entry in entries]
+    masked = sum(bool(entry.get("start_index")) for entry in entries)
+    tell("entries", f"{len(entries):,} ({masked:,} with a start_index), {len(frames):,} distinct clips")
+    references = {clip for references, _ in parts for clip in references}
+    targets = {clip for _, targets in parts for clips, _ in targets for clip in clips}
+    for name, clips in (("references", references), ("targets", targets)):
+        hours = sum(frames[clip] for clip in clips) / FRAME_RATE / 3600
+        tell(name, f"{hours:,.2f} hours in {len(clips):,} distinct clips")
+    texts = collections.defaultdict(list)  # script: characters of each entry
+    for entry in entries:
+        text = " ".join(part["text"] for turn in entry["messages"] for part in turn["content"]
+                        if "text" in part and turn["role"] != "system")
+        scripts = collections.Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
+        texts[(scripts.most_common(1) or [("no letters", 0)])[0][0].lower()].append(len(text))
+    for script, sizes in texts.items():
+        tell("text", f"{script}: {len(sizes):,} entries of {min(sizes):,} to {max(sizes):,} characters, "
+                     f"median {np.median(sizes):,.0f}")
 
 
-def prompt_of(entry):
-    """What inference is given: the entry without its reply."""
-    return {"messages": entry["messages"][:-1]}
+def describe_steps(lengths, args):
+    """Lengths as a histogram; steps and padding of an epoch. Returns {ranks: its positions with padding}."""
+    counts, edges = np.histogram(lengths, bins=10)
+    for n, low, high in zip(counts, edges, edges[1:]):
+        tell("positions", f"{low:>6,.0f} to {high:>6,.0f} {'#' * -(-40 * n // counts.max()):<40} {n:,}")
+    padded = {}
+    for ranks in (1, 8):
+        size = args.batch_size * args.grad_accum * ranks
+        steps = range(-(-len(lengths) // size))
+        shares = [[(lengths[i], i) for i in share] for rank in range(ranks)
+                  for share, _ in dataset.deal_steps(lengths, size, args.seed, rank, ranks, steps)]
+        batches = [batch for share in shares
+                   for batch in dataset.cut(share, args.batch_size, args.max_tokens)]
+        padded[ranks] = sum(len(batch) * batch[0][0] for batch in batches)
+        padding = 1 - sum(length for batch in batches for length, _ in batch) / padded[ranks]
+        tell(f"{ranks} GPU{'s' * (ranks > 1)}", f"{len(steps):,} optimizer steps an epoch of {size} samples; "
+                                               f"{padding:.1%} of the positions are padding")
+    return padded
 
 
-def check_preprocessing(lab):
-    """Token ids, attention and reference codes equal HiggsAudioServeEngine's up to the assistant header."""
-    compared = 0
-    for i, entry in enumerate(lab.entries):
-        theirs, [(ours, _)] = lab.engine._prepare_inputs(prompt_of(entry)), lab.data[[i], True]
-        length = theirs["input_ids"].shape[1]
-        for name in ("input_ids", "attention_mask", "audio_in_ids"):
-            mine = ours[name] if name == "audio_in_ids" else ours[name][:, :length]
-            if not torch.equal(theirs[name], mine):
-                return False, f"entry {i}: {name} differ"
-            compared += mine.numel()
-    return True, f"{compared} numbers of {len(lab.entries)} entries equal, 0 differ"
+def show_targets(data, tokenizer):
+    """One entry decoded back: what the model is given, and what it is trained to answer."""
+    [(batch, counts)] = data[[0], True]
+    ids, labels = batch["input_ids"][0], batch["label_ids"][0]
+    start = (labels != -100).nonzero()[0, 0]
+    clip = torch.tensor(data.collator.audio_out_token_id)
+    answer = ids[start:][(labels[start:] != -100) | (ids[start:] == clip)]
+    tell("entry 0", f"is given {tokenizer.decode(ids[:start])!r}")
+    tell("", f"and trained on {tokenizer.decode(answer)!r}: {counts[0]} labels of text, {counts[1]} in each "
+             f"of {len(counts) - 4} codebooks")
 
 
-def check_forward_kwargs(lab):
-    """A batch has exactly the fields of upstream's HiggsAudioBatchInput, and forward takes them all."""
-    batch = lab.data[[0, 1], True][0][0]
-    fields = {field.name for field in dataclasses.fields(HiggsAudioBatchInput)}
-    accepted = set(inspect.signature(HiggsAudioModel.forward).parameters)
-    passed = set(batch) == fields and fields <= accepted
-    return passed, f"{len(set(batch) & fields)} of {len(fields)} fields, and no other"
+def listen(part):
+    """(seconds of silence at the end, share of clipped samples) of one clip."""
+    wave = dataset.load_waveform(SAMPLE_RATE, part)
+    _, (_, end) = librosa.effects.trim(wave, top_db=40)
+    return float(len(wave) - end) / SAMPLE_RATE, float(np.mean(np.abs(wave) > 0.99))
 
 
-def first_audio_logits(lab, reference, heard):
-    """Logits of entry 0's first frame with another reference clip, (num_codebooks, codebook_size + 2)."""
-    entry = json.loads(json.dumps(lab.entries[0]))
-    for role, part, _ in dataset.clips_of(entry):
-        part["audio_url"] = reference if role == "user" else part["audio_url"]
-    collator = dataset.build_collator(lab.model.config, None, return_audio_in_tokens=heard)
-    data = dataset.StepDataset([entry], lab.data.clips, lab.data.tokenizer, collator, 1, None)
-    with torch.no_grad():
-        return lab.model(**data[[0], True][0][0]).audio_logits[0]
+def suspect(entries, clips, frames, num_workers):
+    """[(indices, what)] of entries that are valid, but not what a voice should be taught with."""
+    found, rates = [], {}
+    for i, entry in enumerate(entries):
+        references, targets = split_clips(entry)
+        both = set(references) & {name for names, _ in targets for name in names}
+        found += [([i], f"{name[:200]} is both reference and target") for name in both]
+        seconds = sum(frames[name] for names, _ in targets for name in names) / FRAME_RATE
+        if seconds:
+            rates[i] = sum(len(text) for _, text in targets) / seconds
+    usual = np.median(list(rates.values())) if rates else 0
+    found += [([i], f"its text has {rate:.1f} characters a second of its clip, {usual:.1f} are usual")
+              for i, rate in rates.items() if not usual / 3 <= rate <= usual * 3]
+    heard = DataLoader([part for _, _, part in clips.values()], batch_size=None, num_workers=num_workers,
+                       collate_fn=listen, worker_init_fn=dataset.ignore_signals)
+    for (_, indices, part), (silence, clipped) in zip(clips.values(), tqdm(heard, "listening to the clips")):
+        name = part["audio_url"]
+        found += [(indices, f"{name} ends in {silence:.1f} s of silence")] * (silence > 0.5)
+        found += [(indices, f"{name} is clipped: {clipped:.1%} of its samples")] * (clipped > 1e-3)
+    return found
 
 
-def check_reference_heard(lab):
-    """Another reference clip changes the logits; deaf training, asked for by name, is reported."""
-    voices = [dataset.clips_of(lab.entries[i])[0][2] for i in (0, 1)]
-    heard, deaf = (
-        (first_audio_logits(lab, voices[0], on) - first_audio_logits(lab, voices[1], on)).abs().max()
-        for on in (True, False))
-    lab.args.return_audio_in_tokens = "false"
-    with contextlib.redirect_stderr(io.StringIO()) as told:
-        trainer.open_inputs(lab.args, torch.device("cpu"), rank=0)
-    return heard > 1e-3 and deaf == 0 and "never reaches" in told.getvalue(), (
-        f"logits change by {heard:.3f}; with --return_audio_in_tokens false by {deaf:.0f}, and it says so")
+def forward(model, text_head, data, index):
+    """The last hidden state, (hidden,), of one entry."""
+    [(batch, _)], head = data[[index], True], text_head.weight
+    bf16 = head.dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast(head.device.type, torch.bfloat16, enabled=bf16):
+        batch = {k: v.to(head.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        return model(**batch).logits[0, -1].float()
 
 
-def loss_in_float64(outputs, batch):
-    """The design's formula, written out in NumPy: text and mean codebook cross entropy, shifted by one."""
-    def cross_entropy(logits, labels):  # (T, V) and (T,), already shifted; sum and count
-        logits, keep = logits.double().numpy()[labels != -100], labels[labels != -100].numpy()
-        log_sum = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
-        return (log_sum - logits[np.arange(len(keep)), keep]).sum(), len(keep)
-    rows = [cross_entropy(logits[:-1], labels[1:])
-            for logits, labels in zip(outputs.logits, outputs.expanded_labels)]
-    text = sum(total for total, _ in rows) / sum(count for _, count in rows)
-    audio = [cross_entropy(outputs.audio_logits[:-1, k], labels[1:])
-             for k, labels in enumerate(batch["label_audio_ids"])]
-    return text + np.mean([total / count for total, count in audio])
+def check_heard(model, text_head, data):
+    """Whether the first reference clip changes what the model computes, and how it gets there."""
+    cited = [(i, name) for i, entry in enumerate(data.entries) for name in split_clips(entry)[0]]
+    others = [clip for name, clip in data.clips.items() if cited and name != cited[0][1]]
+    if not others:
+        return tell("reference", "there is no second clip to compare it with" if cited else "there is none")
+    (i, name), collator = cited[0], data.collator
+    role = next(role for role, _, clip in dataset.clips_of(data.entries[i]) if clip == name)
+    ways = ["as codes"] * collator.return_audio_in_tokens + ["by Whisper"] * collator.encode_whisper_embed
+    ways = ["as an earlier reply"] if role == "assistant" else ways
+    ours = forward(model, text_head, data, i)
+    clips = data.clips | {name: others[0]}
+    data = dataset.StepDataset(data.entries, clips, data.tokenizer, collator, 1, None)
+    change = ((ours - forward(model, text_head, data, i)).norm() / ours.norm()).item()
+    heard = f"heard {' and '.join(ways)}" if change else "NOT heard"
+    tell("reference", f"of entry {i} is {heard}: another changes the last hidden state by {change:.1%}")
 
 
-def check_dual_loss(lab):
-    """The trainer's loss on two clips of different length equals the formula in float64."""
-    [(batch, counts)] = lab.data[[0, 1], True]
-    with torch.no_grad():
-        expected = loss_in_float64(lab.model(**batch), batch)
-        model = lora.attach(lora.load_base(lab.folder / "model", torch.float32, "cpu"), 4, 8, 0.0, seed=0)
-        head = lora.take_text_head(model)
-        means = trainer.loss_sums(model(**batch), batch, counts, head) / counts[:-3]
-    error = abs((means[0] + means[1:].mean()).item() / expected - 1)
-    return error < 1e-6, f"{expected:.6f} in float64, relative error {error:.1e}"
+def try_largest(model, text_head, data, lengths, padded):
+    """Forward and backward of the largest micro-batch: its memory, and time per epoch from that."""
+    model = DistributedDataParallel(model, broadcast_buffers=False)
+    trainer.rehearse(model, text_head, data, lengths)
+    began = time.perf_counter()
+    counts = trainer.rehearse(model, text_head, data, lengths)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    took = (time.perf_counter() - began) / 2  # it runs twice
+    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    tell("largest", f"micro-batch: {counts[-3]} samples, {counts[-1]:,} positions with padding; {took:.2f} s "
+                    f"forward and backward, {peak / 1e9:.2f} GB peak memory")
+    for ranks, positions in padded.items():
+        hours = took / counts[-1] * positions / ranks / 3600
+        tell("estimate", f"{hours:.2f} hours an epoch on {ranks} GPU{'s' * (ranks > 1)} like this device")
 
 
-def check_targets(lab):
-    """Modules and parameters that LoRA reaches, on the tiny model and on the released shape."""
-    found = []
-    with torch.device("meta"):
-        for config in (lab.model.config, tiny_checkpoint.released_config()):
-            model = lora.attach(HiggsAudioModel(config), 16, 32, 0.05, seed=0)
-            trainable = [p.numel() for p in model.parameters() if p.requires_grad]
-            found.append((len(trainable) // 2, sum(trainable)))  # an A and a B for each module
-    (tiny, small), (modules, parameters) = found
-    passed = (tiny, modules, parameters) == (20, 280, 39_452_672)
-    return passed, f"tiny {tiny} modules, {small:,} parameters; released shape {modules}, {parameters:,}"
-
-
-def check_scaling(lab):
-    """Two ranks on disjoint samples have the gradient that one rank has on all of them."""
-    def moments(folder):
-        state = torch.load(folder / "trainer_state.pt", weights_only=True)["optimizer"]["state"]
-        return torch.cat([state[i]["exp_avg"].double().flatten() for i in range(len(state))])
-    before = moments(lab.folder / "out/checkpoint-20")  # AdamW: exp_avg' = 0.9 exp_avg + 0.1 gradient
-    one, two = (10 * (moments(lab.folder / name / "checkpoint-21") - 0.9 * before)
-                for name in ("one_rank", "two_ranks"))
-    error = ((one - two).norm() / one.norm()).item()
-    return error < 1e-5, f"gradients of {one.numel():,} parameters differ by {error:.1e} (relative norm)"
-
-
-def check_checkpoint(lab):
-    """The saved file holds LoRA tensors only, and plain PEFT loads all of it."""
-    tensors = load_file(lab.folder / "out/adapter_model.safetensors")
-    base = HiggsAudioModel.from_pretrained(lab.folder / "model", torch_dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(base, lab.folder / "out").state_dict()
-    only_lora = all(".lora_A." in name or ".lora_B." in name for name in tensors)
-    same = [only_lora and torch.equal(loaded[name.replace(".weight", ".default.weight")], value)
-            for name, value in tensors.items()]
-    size = (lab.folder / "out/adapter_model.safetensors").stat().st_size
-    passed = only_lora and all(same) and len(same) == 40  # A and B of 20 modules
-    return passed, f"{len(same)} LoRA tensors and no other, {size / 1e6:.1f} MB"
-
-
-def generate(engine, entry):
-    """Greedy, unforced generation by upstream's engine: (codes (num_codebooks, T), stopped by itself)."""
-    limit = 100
+def preflight(args):
+    """What trainer.py would do with the user's own data. Raises PipelineError where that would."""
+    store, device, _, _ = trainer.join_ranks()
+    entries, clips, codec, tokenizer, collator, _ = lora.open_inputs(args, device)
+    trainer.encode_missing(list(clips.values()), codec, device, args.num_workers, store)
+    lengths, frames = dataset.measure(entries, clips, collator)
+    data = dataset.StepDataset(entries, clips, tokenizer, collator, args.batch_size, args.max_tokens)
+    describe_data(entries, frames)
+    padded = describe_steps(lengths, args)
+    show_targets(data, tokenizer)
+    suspicious = suspect(entries, clips, frames, args.num_workers)
+    model, text_head = lora.build_model(args, device)
+    tell("trainable", f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters")
+    check_heard(model, text_head, data)
+    try_largest(model, text_head, data, lengths, padded)
     try:
-        answer = engine.generate(prompt_of(entry), max_new_tokens=limit, temperature=0.0, ras_win_len=None)
-    except IndexError:  # upstream's way to say that no audio came out
-        return None, False
-    codes = revert_delay_pattern(torch.from_numpy(answer.generated_audio_tokens))[:, 1:-1]
-    return codes, answer.usage["completion_tokens"] < limit and answer.generated_text.endswith("<|eot_id|>")
+        dataset.refuse("worth a look, though all of it would train", suspicious)
+    except PipelineError as error:
+        print(error)
+    print("ready for trainer.py with the same options")
 
 
-def check_learned(lab, adapter="out"):
-    """Given the prompt alone, upstream's engine with the adapter speaks each entry's own target codes."""
-    lab.engine.model = lora.load(lab.model, lab.folder / adapter).eval()
-    accuracies, stops = [], []
-    for entry in lab.entries:
-        file, _, _ = lab.data.clips[dataset.clips_of(entry)[-1][2]]
-        target = torch.from_numpy(np.load(file))  # (num_codebooks, T)
-        codes, stopped = generate(lab.engine, entry)
-        same_length = codes is not None and codes.shape == target.shape
-        accuracies.append((codes == target).float().mean().item() if same_length else 0.0)
-        stops.append(stopped)
-    lab.engine.model = lab.engine.model.unload()
-    shares = ", ".join(f"{accuracy:.1%}" for accuracy in accuracies)
-    passed = min(accuracies) >= 0.99 and all(stops)
-    return passed, f"{shares} of the codes are the target's; {sum(stops)} of {len(stops)} stop by themselves"
-
-
-TABLE = {
-    "Bit-for-bit preprocessing": check_preprocessing,
-    "Identical forward kwargs": check_forward_kwargs,
-    "Reference audio is heard": check_reference_heard,
-    "Dual loss computation": check_dual_loss,
-    "DualFFN LoRA targeting": check_targets,
-    "DDP scaling": check_scaling,
-    "LoRA-only checkpoints": check_checkpoint,
-    "It learns what inference runs": check_learned,
-}
-
-
-def validate(folder):
-    """Build everything in `folder`, train as a user would, check each row; returns those that failed."""
-    print("building a tiny checkpoint, codec, clips and manifest", flush=True)
-    tiny_checkpoint.make_everything(folder)
-    print("training on them: torchrun --nproc_per_node=2 trainer.py ...", flush=True)
-    train(folder)
-    lab, failed = open_lab(folder), []
-    for name, check in TABLE.items():
-        passed, figure = check(lab)
-        print(f"{'pass' if passed else 'FAIL'}  {name}: {figure}", flush=True)
-        failed += [] if passed else [name]
-    return failed
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="new or empty, to leave everything in")
-    args = parser.parse_args()
-    with contextlib.nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as folder:
+def accept(keep):
+    """Build, train and check everything in the folder `keep`, or in a temporary one."""
+    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
         folder = Path(folder).resolve()
         hub = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         if not hub.items() <= os.environ.items():  # huggingface_hub reads them once, when it is imported
             if any(folder.glob("*")):
                 sys.exit(f"--keep {folder} is not empty; choose another folder")
             sys.exit(subprocess.call([sys.executable, __file__, "--keep", folder], env=os.environ | hub))
-        if failed := validate(folder):
+        if failed := acceptance.validate(folder):
             sys.exit(f"FAILED: {', '.join(failed)}")
     print("🎉 ALL VALIDATION TESTS PASSED!")
     print("📋 Ready for training with torchrun command...")
     print(READY)
+
+
+def main():
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks, and tokenizers warns of each
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="new or empty, to leave everything in")
+    args, options = parser.parse_known_args()
+    if not options:
+        return accept(args.keep)
+    try:
+        preflight(trainer.parse_args(["--output_dir", "unused", *options]))
+    except PipelineError as error:
+        sys.exit(f"to fix first:\n{error}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from tests import tiny_checkpoint  # noqa: E402
 
 def pytest_collection_modifyitems(items):
     """Fast tests first: those that start torchrun or train come last."""
-    last = ["test_training", "test_inputs", "test_ranks", "test_controls", "test_readme"]
+    last = ["test_output", "test_training", "test_inputs", "test_preflight", "test_kills", "test_ranks",
+            "test_controls", "test_readme"]
     items.sort(key=lambda item: last.index(item.path.stem) if item.path.stem in last else -1)
 
 
@@ -51,8 +52,8 @@ def open_data(tiny, tmp_path_factory):
             f"--train_manifest={manifest}", f"--base_ckpt={model or tiny / 'model'}",
             f"--audio_tokenizer={tiny / 'codec'}", f"--output_dir={tmp_path_factory.mktemp('out')}", *flags])
         cpu = torch.device("cpu")
-        entries, clips, codec, tokenizer, collator, _ = trainer.open_inputs(args, cpu, rank=0)
-        trainer.encode_missing(clips, codec, cpu, num_workers=0)
+        entries, clips, codec, tokenizer, collator, _ = lora.open_inputs(args, cpu)
+        trainer.encode_missing(list(clips.values()), codec, cpu, 0, torch.distributed.HashStore())
         return dataset.StepDataset(entries, clips, tokenizer, collator, args.batch_size, args.max_tokens)
     return open_data
 

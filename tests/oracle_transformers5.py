@@ -63,7 +63,7 @@ def our_half(folder):
     assert not [problem for entry in entries for problem in dataset.check_entry(entry, str(folder))]
     clips = {name: (name,) for entry in entries for _, _, name in dataset.clips_of(entry)}
     config, tokenizer = lora.open_base(folder / "model")
-    collator = dataset.build_collator(config, None, return_audio_in_tokens=True)
+    collator = lora.build_collator(config, None, return_audio_in_tokens=True)
     data = dataset.StepDataset(entries, clips, tokenizer, collator, batch_size=len(entries), max_tokens=None)
 
     model = lora.attach(lora.load_base(folder / "model", torch.float32, "cpu"), 8, 16, 0.0, seed=0).eval()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-import validate_pipeline
+from tests import acceptance
 from tests.test_inputs import ROOT
 
 # Every label one position later: the trainer's shift then compares logits and labels at the same position,
@@ -26,7 +26,7 @@ AS_IT_IS = "import sys, trainer; trainer.main(trainer.parse_args(sys.argv[1:]))"
 
 @pytest.fixture(scope="module")
 def lab(tiny):
-    return validate_pipeline.open_lab(tiny)
+    return acceptance.open_lab(tiny)
 
 
 @pytest.mark.parametrize("name, program, flags", [
@@ -34,12 +34,12 @@ def lab(tiny):
     ("deaf", AS_IT_IS, ["--return_audio_in_tokens", "false"])], ids=["right", "unshifted", "deaf"])
 def test_only_the_right_training_speaks(tiny, lab, name, program, flags):
     """The row passes for the right training and fails for both controls; so it can tell them apart."""
-    command = [sys.executable, "-c", program, *validate_pipeline.OVERFIT, "--max_steps", 120,
+    command = [sys.executable, "-c", program, *acceptance.OVERFIT, "--max_steps", 120,
                "--batch_size", 4, "--train_manifest", tiny / "train.json", "--base_ckpt", tiny / "model",
                "--audio_tokenizer", tiny / "codec", "--output_dir", tiny / name, *flags]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     final = json.loads((tiny / name / "metrics.jsonl").read_text().splitlines()[-1])
-    passed, figure = validate_pipeline.check_learned(lab, name)
+    passed, figure = acceptance.check_learned(lab, name)
     print(f"{name}: loss {final['loss']:.4f}, {figure}")
     assert final["loss"] < 0.05 and passed == (name == "right")

@@ -12,9 +12,10 @@ from transformers import LogitsProcessor
 
 import lora
 import trainer
-from validate_pipeline import loss_in_float64
+from tests.acceptance import loss_in_float64
 
 CPU = torch.device("cpu")
+GO_ON = torch.zeros(1)  # no reason to stop
 EOS = 1025  # of the audio stream
 SYSTEM = {"role": "system", "content": "Speak."}
 
@@ -235,7 +236,7 @@ def test_bf16_trains_a_float32_adapter_beside_an_unchanged_base(tiny, open_data)
     before = [parameter.clone() for parameter in parameters]
     for _ in range(2):  # A has no gradient before B has moved
         counts = micro_batches[0][1][:-3]
-        sums = trainer.compute_gradients(model, text_head, micro_batches, CPU, True, counts)
+        sums = trainer.compute_gradients(model, text_head, micro_batches, counts, GO_ON)
         gradients = [parameter.grad.clone() for parameter in parameters]
         trainer.update(optimizer, schedule, parameters, 1.0)
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -262,7 +263,7 @@ def test_gradients_are_finite_differences(tiny, open_data, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # and the loss does: to float64 here
     model, text_head, parameters, _, _ = start(model)
     counts = sum(counts for _, counts in micro_batches)
-    trainer.compute_gradients(model, text_head, micro_batches, CPU, False, counts[:-3])
+    trainer.compute_gradients(model, text_head, micro_batches, counts[:-3], GO_ON)
 
     def loss():
         with torch.no_grad():

@@ -2,10 +2,13 @@
 
 import base64
 import json
+import re
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import librosa
 import numpy as np
@@ -15,7 +18,9 @@ import torch
 from boson_multimodal.audio_processing.higgs_audio_tokenizer import load_higgs_audio_tokenizer
 from safetensors.torch import load_file, save_file
 
+import dataset
 import lora
+import trainer
 from dataset import PipelineError
 from tests import tiny_checkpoint
 
@@ -33,15 +38,12 @@ def reply_with(clip):
 def bad_clips(tmp_path_factory):
     """One file for each way in which a clip can be useless: {name: (path, what the error says)}."""
     folder = tmp_path_factory.mktemp("bad")
-    not_a_number = TONE.copy()
-    not_a_number[100] = np.nan
     contents = {
         "empty": (b"", "cannot be decoded"),
         "text": (b"this is no sound", "cannot be decoded"),
         "cut header": (b"RIFF\x24\x00\x00\x00WAVEfmt ", "cannot be decoded"),
         "no samples": (TONE[:0], "lasts 0.000 s"),
         "too short": (TONE[:2000], "lasts 0.083 s; the codec needs at least 0.1 s"),
-        "not a number": (not_a_number, "cannot be decoded (ParameterError Audio buffer is not finite"),
     }
     for name, (content, _) in contents.items():
         if isinstance(content, bytes):
@@ -51,19 +53,28 @@ def bad_clips(tmp_path_factory):
     return {name: (folder / f"{name}.wav", message) for name, (_, message) in contents.items()}
 
 
-def test_all_bad_clips_are_reported_at_once(open_data, bad_clips):
+def test_all_bad_clips_are_reported_at_once(open_data, bad_clips, monkeypatch):
+    """Those that their headers give away even before the codec is loaded."""
+    monkeypatch.setattr(lora, "load_codec", None)  # calling it would raise TypeError
     with pytest.raises(PipelineError) as error:
         open_data([reply_with(clip) for clip, _ in bad_clips.values()])
     for i, (clip, message) in enumerate(bad_clips.values()):
         assert f"entry {i}: {clip}: {message}" in str(error.value)
 
 
-def test_non_finite_samples_are_found_after_resampling_too(open_data, tmp_path):
-    wave = tiny_checkpoint.speech_like(0.5, seed=7, sample_rate=44_100)
-    wave[100] = np.inf
-    soundfile.write(tmp_path / "a.wav", wave, 44_100, subtype="FLOAT")
-    with pytest.raises(PipelineError, match="a.wav: cannot be decoded .* not finite everywhere"):
-        open_data([reply_with(tmp_path / "a.wav")])
+def test_bad_samples_are_reported_at_once_with_all_their_entries(open_data, tmp_path):
+    """Found in decoding, after resampling too. An entry that has a clip twice is named once."""
+    for name, rate, bad in (("nan", 24_000, np.nan), ("inf", 44_100, np.inf)):
+        wave = tiny_checkpoint.speech_like(0.5, seed=7, sample_rate=rate)
+        wave[100] = bad
+        soundfile.write(tmp_path / f"{name}.wav", wave, rate, subtype="FLOAT")
+    once, other = (reply_with(tmp_path / f"{name}.wav") for name in ("nan", "inf"))
+    twice = {"messages": once["messages"] * 2}
+    with pytest.raises(PipelineError) as error:
+        open_data([once, other, twice] + [once] * 6)
+    error = str(error.value)
+    assert re.search("entries 0, 2, 3, 4, 5 and 3 more: .*nan.wav: cannot be decoded .*finite", error)
+    assert re.search("entry 1: .*inf.wav: cannot be decoded .*not finite everywhere", error)
 
 
 @pytest.mark.parametrize("rate, channels, suffix", [
@@ -87,9 +98,8 @@ def test_codes_are_those_of_inference(open_data, tiny, tmp_path, rate, channels,
     ("--base_ckpt", "/nowhere/model", "--base_ckpt /nowhere/model: no Higgs Audio checkpoint there"),
     ("--base_ckpt", "nobody/nothing", "--base_ckpt nobody/nothing: no Higgs Audio checkpoint there"),
     ("--audio_tokenizer", "/nowhere/codec", "--audio_tokenizer /nowhere/codec: no codec there"),
-    ("--code_cache", "/dev/null/cache", "--code_cache cannot be made: .*'/dev/null/cache'"),
-    ("--output_dir", "/dev/null/out", "--output_dir or --code_cache cannot be made: .*'/dev/null/out'"),
-    ("--resume_from_checkpoint", "/nowhere/checkpoint-1", "--resume_from_checkpoint /nowhere/checkpoint-1: "),
+    ("--code_cache", "/dev/null/cache", "--code_cache /dev/null/cache cannot be made .*Not a directory"),
+    ("--code_cache", "/proc/self", "--code_cache /proc/self cannot be written"),
 ])
 def test_what_is_not_there(open_data, entries, flag, value, message):
     with pytest.raises(PipelineError, match=message):
@@ -123,20 +133,6 @@ def test_a_codec_that_does_not_fit(open_data, entries, tiny, tmp_path, change, s
         open_data(entries, f"--audio_tokenizer={tmp_path}")
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "checkpoint-5/trainer_state.pt"])
-def test_an_output_folder_in_use(open_data, entries, tmp_path, name):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).touch()
-    with pytest.raises(PipelineError, match="already holds an adapter or checkpoints; choose"):
-        open_data(entries, f"--output_dir={tmp_path}")
-
-
-def test_auto_does_not_train_over_a_finished_adapter(open_data, entries, tmp_path):
-    (tmp_path / "adapter_model.safetensors").touch()  # and no checkpoint to go on from
-    with pytest.raises(PipelineError, match="already holds an adapter"):
-        open_data(entries, f"--output_dir={tmp_path}", "--resume_from_checkpoint=auto")
-
-
 def test_deaf_training_is_refused_unless_asked_for(open_data, entries, tiny, tmp_path, capsys):
     """On a checkpoint that takes no codes of references, and under serve_engine.py's own collator setting."""
     shutil.copytree(tiny / "model", tmp_path / "model")
@@ -146,7 +142,7 @@ def test_deaf_training_is_refused_unless_asked_for(open_data, entries, tiny, tmp
         with pytest.raises(PipelineError, match="entry 0: its reference clip.* never reaches the model"):
             open_data(entries, f"--base_ckpt={tmp_path / 'model'}", f"--return_audio_in_tokens={setting}")
     open_data(entries, "--return_audio_in_tokens=false")
-    assert "warning: 3 entries train deaf" in capsys.readouterr().err
+    assert "warning: 3 entries train deaf, the first is [0]" in capsys.readouterr().err
 
 
 def test_the_masked_layout_is_heard_under_every_setting(open_data, tiny, capsys):
@@ -200,7 +196,7 @@ def test_codec_and_processor_that_do_not_load(tiny, tmp_path):
     with pytest.raises(PipelineError, match="(?s)cannot be loaded .*size mismatch"):
         lora.load_codec(tmp_path / "codec", "cpu")
     with pytest.raises(PipelineError, match="--whisper_processor /nowhere/whisper: no processor there"):
-        lora.open_whisper("/nowhere/whisper")
+        lora.build_collator(SimpleNamespace(encode_whisper_embed=True), "/nowhere/whisper", True)
 
 
 def test_a_rank_that_fails_alone_ends_the_job(tiny, tmp_path):
@@ -214,7 +210,7 @@ def test_a_rank_that_fails_alone_ends_the_job(tiny, tmp_path):
     done = launch(*TWO_RANKS, program, "--train_manifest", manifest, "--output_dir", tmp_path / "out",
                   "--base_ckpt", tiny / "model", "--audio_tokenizer", tiny / "codec", "--batch_size", 1,
                   "--grad_accum", 1)
-    assert done.returncode == 1 and done.stderr.count("dataset.PipelineError: entry 30 is bad") == 1
+    assert done.returncode == 1 and done.stderr.count("error: entry 30 is bad") == 1
 
 
 FAILS_ALONE = """
@@ -229,3 +225,65 @@ def fail_at_30(self, index):
 dataset.StepDataset.sample = fail_at_30
 runpy.run_path("{root}/trainer.py", run_name="__main__")
 """
+
+
+@pytest.mark.parametrize("flag, value, message", [
+    ("--batch_size", "0", "--batch_size is 0; expected 1 or more"),
+    ("--grad_accum", "-1", "--grad_accum is -1"),
+    ("--max_tokens", "0", "--max_tokens is 0"), ("--save_steps", "0", "--save_steps is 0"),
+    ("--logging_steps", "0", "--logging_steps is 0"), ("--num_workers", "-1", "--num_workers is -1"),
+    ("--lr", "-1e-4", "--lr is -0.0001"), ("--lr", "nan", "--lr is nan"), ("--seed", "-1", "--seed is -1"),
+    ("--lora_dropout", "1.5", "--lora_dropout is 1.5; expected 0 or more, at most 1"),
+    ("--epochs", "two", "--epochs: invalid int value"), ("--precision", "fp16", "invalid choice: 'fp16'")])
+def test_numbers_that_make_no_run(capsys, flag, value, message):
+    with pytest.raises(SystemExit) as exit:
+        trainer.parse_args(["--train_manifest=a", "--output_dir=b", f"{flag}={value}"])
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_damaged_cache_file_is_encoded_again(open_data, entries):
+    data = open_data(entries)
+    codes = {name: np.load(file) for name, (file, _, _) in data.clips.items()}
+    for i, (file, _, _) in enumerate(data.clips.values()):
+        content = file.read_bytes()
+        file.write_bytes([b"", content[:40], content[:-9], b"no codes", b"PK\3\4"][i])
+    with pytest.raises(PipelineError, match="entry 0: upstream refuses it, or its codes were lost"):
+        data.sample(0)
+    with pytest.raises(PipelineError, match="(?s)codes lost, or unseen on this node.*entries 0, 2: .*npy"):
+        dataset.measure(data.entries, data.clips, data.collator)
+    open_data(entries)
+    assert all(np.array_equal(np.load(file), codes[name]) for name, (file, _, _) in data.clips.items())
+
+
+def test_ranks_share_the_clips_and_links_share_the_codes(open_data, tiny, tmp_path):
+    """Each rank takes the next clip by the store's counter: what another has taken is not encoded here."""
+    for i in range(4):
+        soundfile.write(tmp_path / f"{i}.wav", tiny_checkpoint.speech_like(0.2, seed=30 + i), 24_000)
+    (tmp_path / "link.wav").symlink_to(tmp_path / "3.wav")
+    manifest = tmp_path / "train.json"
+    manifest.write_text(json.dumps([reply_with(f"{name}.wav") for name in (0, 1, 2, 3, "link")]))
+    clips = list(dataset.find_clips(dataset.load_manifest(manifest), tmp_path, "any").values())
+    assert dataset.find_missing(clips) in ([0, 1, 2, 3], [0, 1, 2, 4])
+    store = torch.distributed.HashStore()
+    store.add("clips taken", 2)
+    lora.encode_clips(clips, lora.load_codec(tiny / "codec", "cpu"), 1, store, False)
+    assert [file.exists() for file, _, _ in clips] == [False, False, True, True, True]
+    assert dataset.find_missing(clips) == [0, 1] and not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_cache_that_is_full(tiny, tmp_path):
+    """The flag is named, nothing torn is left. A file-size limit stands for a full disk or a quota."""
+    manifest = tmp_path / "train.json"
+    manifest.write_text(json.dumps([reply_with(tiny / "clips/target_a.wav")]))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    clips = list(dataset.find_clips(dataset.load_manifest(manifest), cache, "any").values())
+    codec, store = lora.load_codec(tiny / "codec", "cpu"), torch.distributed.HashStore()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(PipelineError, match=f"--code_cache {cache} cannot be written .*File too large"):
+            lora.encode_clips(clips, codec, 0, store, False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(cache.iterdir())

@@ -92,7 +92,7 @@ def test_bad_entries_are_refused_by_name(load, name):
 @pytest.mark.parametrize("text, message", [
     ("", "holds no entry"), ("[]", "holds no entry"), (" \n\n", "holds no entry"),
     ("[1,", "the file: is not JSON"), ('{"messages": 1}\n{"mess', "line 2: is not JSON"),
-    ("[" * 100_000, "is not JSON"), ("<xml/>", "line 1: is not JSON"),
+    ("[" * 100_000, "is not JSON"), ("<xml/>", "the file: is not JSON"),
 ])
 def test_not_a_manifest(load, text, message):
     with pytest.raises(PipelineError, match=message):

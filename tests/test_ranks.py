@@ -83,7 +83,7 @@ def steps(tiny, tmp_path_factory):
         assert done.returncode == 0, done.stderr
 
     def moments(checkpoint):
-        state = torch.load(folder / checkpoint / "trainer_state.pt", weights_only=True)["optimizer"]["state"]
+        state = torch.load(folder / checkpoint / "trainer_state.pt", weights_only=True)["optimizer"]
         return [state[i]["exp_avg"].double() for i in range(len(state))]
 
     found = []

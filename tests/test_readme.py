@@ -13,6 +13,7 @@ import pytest
 
 import trainer
 import validate_pipeline
+from tests import acceptance
 from dataset import load_manifest
 
 ROOT = Path(__file__).parent.parent
@@ -98,9 +99,9 @@ def test_a_failed_check_is_named(monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["validate_pipeline.py", "--keep", str(tmp_path)])
     for name in ("train", "open_lab"):
-        monkeypatch.setattr(validate_pipeline, name, lambda folder: None)
-    monkeypatch.setattr(validate_pipeline.tiny_checkpoint, "make_everything", lambda folder: None)
+        monkeypatch.setattr(acceptance, name, lambda folder: None)
+    monkeypatch.setattr(acceptance.tiny_checkpoint, "make_everything", lambda folder: None)
     table = {"good": lambda lab: (True, "1"), "bad": lambda lab: (False, "0")}
-    monkeypatch.setattr(validate_pipeline, "TABLE", table)
+    monkeypatch.setattr(acceptance, "TABLE", table)
     with pytest.raises(SystemExit, match="^FAILED: bad$"):
         validate_pipeline.main()

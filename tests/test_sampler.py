@@ -1,4 +1,4 @@
-"""Every sample once: what StepSampler deals to each rank in each step (fidelity, property 3).
+"""Every sample once: what deal_steps deals to each rank in each step (fidelity, property 3).
 
 Property-based: 1,200 draws of (lengths, batch, accumulation, ranks, seed, epoch), the same everywhere.
 """
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset import StepSampler
+from dataset import deal_steps
 
 draws = settings(max_examples=400, deadline=None, derandomize=True)
 lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=40)  # positions of each entry
@@ -23,7 +23,7 @@ def deal_epoch(lengths, batch_size, accumulation, world_size, seed, epoch):
     samples_per_step = batch_size * accumulation * world_size
     steps_per_epoch = -(-len(lengths) // samples_per_step)
     steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
-    shares = (StepSampler(lengths, samples_per_step, seed, rank, world_size, steps)
+    shares = (deal_steps(lengths, samples_per_step, seed, rank, world_size, steps)
               for rank in range(world_size))
     return list(zip(*shares, strict=True))  # strict: a rank with fewer steps would leave the others waiting
 
@@ -81,6 +81,6 @@ def test_loads_of_ranks_differ_by_at_most_the_longest(lengths, batch, accumulati
 def test_resuming_continues_the_same_steps():
     """Catches a sampler that starts its epoch again, or draws anew, when it begins in the middle."""
     for first in range(9):
-        whole, rest = ([list(StepSampler(range(1, 11), 4, 7, rank, 2, steps)) for rank in range(2)]
+        whole, rest = ([list(deal_steps(range(1, 11), 4, 7, rank, 2, steps)) for rank in range(2)]
                        for steps in (range(9), range(first, 9)))
         assert [steps[first:] for steps in whole] == rest

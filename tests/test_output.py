@@ -1,0 +1,175 @@
+"""What --output_dir holds: claimed, whole or absent, refused where it is damaged or another run's."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import lora
+import trainer
+from dataset import PipelineError
+from tests.test_training import ROOT, run
+
+RUN = dict(base_ckpt="b", train_manifest="m", lora_r=4, lora_alpha=8, seed=1, samples_per_step=16)
+HOLD = """
+import fcntl, sys, time
+lock = open(sys.argv[1], "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def optimizer(lora_model):
+    """AdamW after one step on the tiny adapter."""
+    optimizer = torch.optim.AdamW([p for p in lora_model.parameters() if p.requires_grad], lr=0.1)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.fixture
+def saved(tmp_path, lora_model, optimizer):
+    lora.save_checkpoint(tmp_path, lora_model, optimizer, RUN, keep=2, step=5)
+    return tmp_path / "checkpoint-5"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "checkpoint-5/trainer_state.pt"])
+def test_results_are_not_trained_over(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(PipelineError, match="already holds an adapter or checkpoints; choose"):
+        lora.open_output(tmp_path, None)
+
+
+def test_auto_takes_the_newest_and_paths_only_into_a_folder_that_is_not_ahead(tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "other/checkpoint-40"
+    assert lora.open_output(out, "auto") is None  # so that --max_restarts works with the very same command
+    for step in (5, 100, 20):
+        (out / f"checkpoint-{step}").mkdir()
+    (out / "unfinished").mkdir()
+    for wanted in ("auto", f"{out}/checkpoint-100"):
+        assert lora.open_output(out, wanted) == out / "checkpoint-100"
+    for behind in (f"{out}/checkpoint-20", f"{elsewhere}"):
+        with pytest.raises(PipelineError, match="already holds an adapter or checkpoints"):
+            lora.open_output(out, behind)
+    assert lora.open_output(tmp_path / "new", f"{elsewhere}") == elsewhere
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "adapter_model.safetensors").touch()  # an adapter, but no checkpoint to go on from
+    with pytest.raises(PipelineError, match="already holds an adapter"):
+        lora.open_output(out, "auto")
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "lock"], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(PipelineError, match="another run is training into it"):
+        lora.open_output(tmp_path, "auto")
+    other.kill()  # however it ends, the lock is free
+    other.wait()
+    assert lora.open_output(tmp_path, "auto") is None
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/out", "/proc/self"])
+def test_a_folder_that_cannot_be_written(folder):
+    with pytest.raises(PipelineError, match=f"--output_dir {folder} cannot be written"):
+        lora.open_output(lora.Path(folder), None)
+
+
+def test_a_checkpoint_comes_back_whole(saved, lora_model, optimizer):
+    state = lora.read_checkpoint(saved, RUN)
+    assert state["step"] == 5
+    for name, value in lora_model.state_dict().items():
+        assert "lora_" not in name or torch.equal(state["adapter"][name.replace(".default", "")], value)
+    for i, moments in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state["optimizer"][i][name], value) for name, value in moments.items())
+
+
+def flip(file):
+    """One bit in the middle, in a tensor's data: torch.load itself would not see it."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+class Code:
+    """Calls exit where a pickle that has it is loaded."""
+
+    def __reduce__(self):
+        return exit, ("loaded",)
+
+
+DAMAGES = {
+    "a bit": flip, "gone": lambda file: file.unlink(), "empty": lambda file: file.write_bytes(b""),
+    "text": lambda file: file.write_text("foreign"),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-1000]),
+    "another trainer's": lambda file: torch.save({"step": 5}, file),
+    "a list": lambda file: torch.save([1], file), "code": lambda file: torch.save({"run": Code()}, file)}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_by_name(saved, damage):
+    DAMAGES[damage](saved / "trainer_state.pt")
+    with pytest.raises(PipelineError, match="checkpoint-5 is damaged, or no checkpoint of this trainer"):
+        lora.read_checkpoint(saved, RUN)
+
+
+@pytest.mark.parametrize("key", list(RUN))
+def test_a_run_that_differs_is_refused(saved, key):
+    with pytest.raises(PipelineError, match=f"belongs to another run: {key} was {RUN[key]}, is other$"):
+        lora.read_checkpoint(saved, RUN | {key: "other"})
+
+
+def test_what_does_not_fit_leaves_the_others_whole(saved, lora_model, optimizer):
+    """A file-size limit stands for a full disk or a quota: the same OSError in the same calls."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (1000, 100_000, 400_000):  # in adapter_config.json, the adapter, the optimizer's state
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(PipelineError, match="checkpoint-6 cannot be written; those before it are"):
+                lora.save_checkpoint(saved.parent, lora_model, optimizer, RUN, keep=1, step=6)
+            with pytest.raises(PipelineError, match="cannot be copied") if size < 4e5 else nullcontext():
+                lora.publish(saved, saved.parent)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert lora.checkpoints(saved.parent) == [saved] and lora.read_checkpoint(saved, RUN)
+    lora.save_checkpoint(saved.parent, lora_model, optimizer, RUN, keep=1, step=6)  # over what was left
+    assert [folder.name for folder in lora.checkpoints(saved.parent)] == ["checkpoint-6"]
+
+
+def test_a_run_without_finite_steps_stops_with_its_entries(tiny, tmp_path):
+    """After a step at such a rate nothing is finite any more. metrics.jsonl stays JSON."""
+    flags = ["--train_manifest", tiny / "train.json", "--base_ckpt", tiny / "model", "--lr", "1e30",
+             "--audio_tokenizer", tiny / "codec", "--output_dir", tmp_path, "--batch_size", 1,
+             "--grad_accum", 2, "--warmup_ratio", 0, "--max_steps", 40, "--logging_steps", 1]
+    command = list(map(str, [sys.executable, "trainer.py", *flags]))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    error = done.stderr[done.stderr.index("error: loss or gradient not finite"):].splitlines()
+    assert len(error) == 1 + trainer.HALT and all("entries [" in line for line in error[1:])
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["skipped_steps"] == trainer.HALT and metrics[-1]["loss"] is None
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_learning_rate_and_length_are_the_command_lines_on_resume(tiny, tmp_path):
+    """Catches a schedule that comes from the checkpoint: the rate asked for would be ignored in silence."""
+    flags = ["--train_manifest", tiny / "train.json", "--batch_size", 1, "--grad_accum", 1,
+             "--warmup_ratio", 0, "--resume_from_checkpoint", "auto"]
+    run(tiny, tmp_path, *flags, "--max_steps", 2, "--lr", "1e-3")
+    metrics = run(tiny, tmp_path, *flags, "--max_steps", 4, "--lr", "5e-4")
+    cosine = [0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / total)).item())
+              for step, total in ((1, 2), (2, 2), (3, 4), (4, 4))]
+    expected = [1e-3 * cosine[0], 1e-3 * cosine[1], 5e-4 * cosine[2], 5e-4 * cosine[3]]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert [line["lr"] for line in metrics] == pytest.approx(expected, abs=1e-10)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "checkpoint-4/adapter_model.safetensors").read_bytes()

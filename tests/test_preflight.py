@@ -1,0 +1,89 @@
+"""validate_pipeline.py on the user's own data: what it tells, what it suspects, what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.test_inputs import ROOT
+from tests.tiny_checkpoint import TEXTS, speech_like, voice_cloning_entry
+
+
+def preflight(tiny, entries, *flags):
+    """(exit code, what it printed)."""
+    manifest = tiny / "preflight.json"
+    manifest.write_text(json.dumps(entries))
+    command = [sys.executable, "validate_pipeline.py", "--train_manifest", manifest, "--base_ckpt",
+               tiny / "model", "--audio_tokenizer", tiny / "codec", *flags]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout if done.returncode == 0 else done.stderr
+
+
+@pytest.fixture
+def doubtful(tiny):
+    """Entries that are valid but for teaching a voice: one kind of doubt each, after two good ones."""
+    silent, clipped = speech_like(1.2, seed=21), 4 * speech_like(1.2, seed=22)
+    silent[-24_000 * 7 // 10 :] = 0
+    for name, wave in (("silent", silent), ("clipped", clipped)):
+        soundfile.write(tiny / "clips" / f"{name}.wav", np.clip(wave, -1, 1), 24_000)
+    pairs = [(TEXTS[0], "voice_a", "target_a"), ("good morning my dear", "voice_b", "target_b"),
+             ("this one ends early", "voice_a", "silent"), ("this one is too loud", "voice_a", "clipped"),
+             ("the very same clip ", "voice_b", "voice_b"),
+             ("far too long a text " * 9, "voice_a", "target_c"), ("", "voice_a", "target_c")]
+    return [voice_cloning_entry(text, f"clips/{voice}.wav", f"clips/{target}.wav")
+            for text, voice, target in pairs]
+
+
+def test_what_the_data_holds_and_what_is_doubtful(tiny, doubtful):
+    turns = [{"role": "user", "content": "1 2 3"},
+             {"role": "assistant", "content": {"audio_url": "clips/voice_b.wav"}}]
+    masked = {"messages": turns + doubtful[0]["messages"][1:], "start_index": 3}
+    code, told = preflight(tiny, [*doubtful, masked], "--batch_size", "2", "--grad_accum", "2")
+    lines = told.splitlines()
+    assert code == 0, told
+    for line in ("entries     8 (1 with a start_index), 7 distinct clips",
+                 "references  0.00 hours in 2 distinct clips", "targets     0.00 hours in 6 distinct clips",
+                 "text        arabic: 2 entries of 19 to 25 characters, median 22",
+                 "text        no letters: 1 entries of 0 to 0 characters, median 0"):
+        assert line in lines
+    assert sum(line.startswith("positions ") for line in lines) == 10
+    assert any(line.startswith("1 GPU       2 optimizer steps an epoch of 4 samples") for line in lines)
+    assert any(line.startswith("8 GPUs      1 optimizer steps an epoch of 32 samples") for line in lines)
+    assert f"{TEXTS[0]}<|eot_id|>" in told  # the prompt; the reply is its clip, and its end
+    trained = "and trained on '<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>': 3 labels of text, 31"
+    assert trained in told and "trainable   204,800 parameters" in told
+    assert "reference   of entry 0 is heard as codes: another changes the last hidden state by " in told
+    assert "largest     micro-batch: 2 samples, " in told and told.count(" hours an epoch on ") == 2
+    doubts = {line.split(":")[0].strip(): line for line in lines[lines.index(next(filter(
+        lambda line: line.startswith("worth a look"), lines))) + 1 : -1]}
+    for entry, doubt in (("entry 2", "clips/silent.wav ends in 0.6"),
+                         ("entry 3", "clips/clipped.wav is clipped: "),
+                         ("entry 4", "clips/voice_b.wav is both reference and target"),
+                         ("entry 5", "its text has 186.5 characters a second of its clip, "),
+                         ("entry 6", "its text has 0.0 characters a second of its clip, ")):
+        assert doubt in doubts.pop(entry)
+    assert not doubts and lines[-1] == "ready for trainer.py with the same options"
+
+
+def test_references_in_other_layouts_and_deaf_ones(tiny, entries):
+    code, told = preflight(tiny, entries, "--return_audio_in_tokens", "false")
+    assert code == 0 and "of entry 0 is NOT heard: another changes the last hidden state by 0.0%" in told
+    replies = [{"role": "assistant", "content": {"audio_url": f"clips/{name}.wav"}}
+               for name in ("voice_a", "target_a")]
+    asked = {"role": "user", "content": "hello"}
+    turns = [asked, replies[0], asked, replies[1]]
+    code, told = preflight(tiny, [{"messages": turns, "start_index": 3}])
+    assert code == 0 and "of entry 0 is heard as an earlier reply: another changes" in told
+
+
+def test_what_is_to_be_fixed_ends_the_list(tiny, entries):
+    """A broken manifest is told before anything is loaded; its exit code is 1, and there is no traceback."""
+    missing = voice_cloning_entry("hello", "clips/voice_a.wav", "clips/none.wav")
+    code, told = preflight(tiny, [*entries, missing, {"messages": []}])
+    said = told[told.index("to fix first:") :].splitlines()
+    assert code == 1 and "Traceback" not in told and said[1].endswith("preflight.json: 2 problem(s)")
+    assert said[2].startswith(f"  entry 3: messages[2]: {tiny}/clips/none.wav: no such file")
+    assert said[3] == "  entry 4: has no assistant turn at or after start_index 0; nothing would be trained"
