@@ -15,7 +15,7 @@ import os
 import pickle
 import re
 import signal
-import zipfile
+import tokenize
 
 import audioread
 import librosa
@@ -36,8 +36,9 @@ FIELDS = {  # of upstream's data classes (data_types.py); the first one of each 
 NOT_TEXT = re.compile("<\\|(?!scene_desc_|generation_instruction_)[^|<>]*\\|>|[\ud800-\udfff]")
 WHISPER_RATE, WHISPER_FRAMES = 16_000, 750  # Hz; 30 s in codec frames, what the audio tower takes whole
 FILE_ERRORS = (  # what libraries raised on files that are missing, damaged or something else
-    OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, ArithmeticError, MemoryError,
-    audioread.DecodeError, librosa.LibrosaError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError)
+    OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+    MemoryError, SyntaxError, audioread.DecodeError, librosa.LibrosaError, pickle.UnpicklingError,
+    tokenize.TokenError, SafetensorError)
 is_file = functools.cache(os.path.isfile)
 
 
@@ -171,8 +172,9 @@ def find_clips(entries, cache, fingerprint):
 def load_codes(file):
     """One clip's codes from the cache, int16 (num_codebooks, T), or None: there are none, or damaged ones."""
     try:
-        return np.lib.format.open_memmap(file, mode="r")
-    except (OSError, ValueError):
+        codes = np.lib.format.open_memmap(file, mode="r")
+        return codes if codes.ndim == 2 and codes.offset + codes.nbytes == os.path.getsize(file) else None
+    except FILE_ERRORS:
         return None
 
 
@@ -185,9 +187,8 @@ def load_waveform(sample_rate, part):
         wave = librosa.load(source, sr=sample_rate)[0] if sample_rate else librosa.get_duration(path=source)
     except FILE_ERRORS as error:
         return f"{name}: cannot be decoded ({type(error).__name__} {error}); write it again, as wav"
-    seconds = len(wave) / sample_rate if sample_rate else wave
-    short = f"{name}: lasts {seconds:.3f} s; the codec needs at least 0.1 s"
-    return short if seconds < 0.1 else wave  # on less the codec's convolutions fail
+    seconds = len(wave) / sample_rate if sample_rate else wave  # under 0.1 the codec's convolutions fail
+    return f"{name}: lasts {seconds:.3f} s; the codec needs at least 0.1 s" if seconds < 0.1 else wave
 
 
 def find_missing(clips):
@@ -258,7 +259,6 @@ class StepDataset(Dataset):
     batch is upstream's HiggsAudioBatchInput as a dict (pin_memory would leave a dataclass unpinned); counts
     (num_codebooks + 4,): labels of text and of each codebook, samples, positions, positions with padding.
     """
-
     def __init__(self, entries, clips, tokenizer, collator, batch_size, max_tokens):
         self.entries, self.clips, self.tokenizer = entries, clips, tokenizer
         self.collator, self.batch_size, self.max_tokens = collator, batch_size, max_tokens

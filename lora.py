@@ -12,7 +12,6 @@ import re
 import shutil
 import sys
 import uuid
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,8 @@ from boson_multimodal.audio_processing.higgs_audio_tokenizer import load_higgs_a
 from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioSampleCollator
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -31,13 +31,14 @@ from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, get_cos
 import dataset
 from dataset import PipelineError, blaming
 
+CHECKPOINT = "adapter_config.json", "adapter_model.safetensors", "trainer_state.pt"
 # Matched against the whole name: suffixes like peft's usual q_proj would reach audio_tower.layers... too.
 # The Whisper tower, the heads and the embeddings stay as they are.
 TARGET_MODULES = r"layers\.\d+\.((self_attn|audio_attn)\.[qkvo]_proj|(mlp|audio_mlp)\.(gate|up|down)_proj)"
 
 
 def fingerprint(files):
-    """sha256 of each file's size and of 2 MiB at 64 places in it: under 128 MiB that is all of it."""
+    """sha256 of each file's size and of 16 MiB at 64 places in it: up to 1 GiB that is all of it."""
     digest = hashlib.sha256()
     for file in sorted(files):
         with open(file, "rb") as stream:
@@ -45,7 +46,7 @@ def fingerprint(files):
             digest.update(str(size).encode())
             for place in range(64):
                 stream.seek(size * place // 64)
-                digest.update(stream.read(2**21))
+                digest.update(stream.read(min(2**24, -(-size // 64))))
     return digest.hexdigest()
 
 
@@ -74,10 +75,7 @@ def open_codec(name, config):
 
 
 def check_references(entries, config, setting):
-    """Whether clips of user and system turns reach the model as codes (`setting`: --return_audio_in_tokens).
-
-    Raises PipelineError for entries whose clips would reach it neither so nor by Whisper; "false" only warns.
-    """
+    """Whether user and system clips go to the model as codes; refuses those that it would not hear at all."""
     encodes = config.encode_audio_in_tokens
     as_codes = {"auto": encodes, "true": True, "false": False}[setting]
     heard = (as_codes and encodes) or config.encode_whisper_embed
@@ -106,7 +104,7 @@ def build_collator(config, whisper_processor, return_audio_in_tokens):
 
 
 def open_inputs(args, device):
-    """Open and check all that a user can get wrong, cheapest first, before anything is loaded."""
+    """Open and check all that a user can get wrong, before anything is loaded; `run`: what identifies it."""
     entries = dataset.load_manifest(args.train_manifest)
     config, tokenizer, base = open_base(args.base_ckpt)
     codec, weights = open_codec(args.audio_tokenizer, config)
@@ -115,7 +113,10 @@ def open_inputs(args, device):
         cache.mkdir(parents=True, exist_ok=True)
     clips = dataset.find_clips(entries, cache, f"{weights} {device.type}")
     heard = check_references(entries, config, args.return_audio_in_tokens)
-    return entries, clips, codec, tokenizer, build_collator(config, args.whisper_processor, heard), base
+    collator = build_collator(config, args.whisper_processor, heard)
+    run = dict(base_ckpt=base, audio_tokenizer=weights, train_manifest=fingerprint([args.train_manifest]),
+               lora_r=args.lora_r, lora_alpha=args.lora_alpha, seed=args.seed)
+    return entries, clips, codec, tokenizer, collator, run
 
 
 def load_codec(folder, device):
@@ -130,8 +131,8 @@ def load_codec(folder, device):
 def encode_clips(clips, codec, num_workers, store, show):
     """Encode `clips` together with the other ranks; a file appears whole or not at all. Refuses bad ones.
 
-    Each rank takes the next clip when it is ready for one, by a counter in the process group's `store`: the
-    shares then balance by what the clips really take. The bar of the rank that is to `show` counts them all.
+    A rank takes the next clip when it is ready, by a counter in the group's `store`: shares balance by the
+    time that clips take. The bar of the rank that is to `show` counts all of them.
     """
     rate = codec.sampling_rate
     following = iter(lambda: min(store.add("clips taken", 1) - 1, len(clips)), len(clips))  # 0, 1, ...
@@ -151,8 +152,10 @@ def encode_clips(clips, codec, num_workers, store, show):
                 with open(unfinished, "wb") as stream:
                     np.save(stream, codes.numpy().astype(np.int16))
                 unfinished.rename(file)
-        finally:
+        except PipelineError:
             unfinished.unlink(missing_ok=True)
+            store.add("clips taken", len(clips))  # let the other ranks end, too
+            raise
         bar.update(store.add("clips done", 1) - bar.n)
     dataset.refuse("clips", problems)
 
@@ -168,12 +171,8 @@ def load_base(name, dtype, device):
 
 
 def attach(model, r, alpha, dropout, seed):
-    """Wrap `model` in LoRA; the adapter is float32 whatever the base's dtype, and drawn from `seed`.
-
-    On the released model 280 modules: 28 layers of 4 + 3 + 3 projections. No task type: PEFT's CAUSAL_LM
-    would pass `labels`, which HiggsAudioModel.forward does not take.
-    """
-    torch.manual_seed(seed)
+    """Wrap `model` in LoRA, drawn from `seed`, float32 whatever the base's dtype; 280 modules as released."""
+    torch.manual_seed(seed)  # and no task type: PEFT would pass `labels` to a forward that takes none
     return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout,
                                             target_modules=TARGET_MODULES))
 
@@ -200,10 +199,7 @@ def build_model(args, device):
 
 
 def open_output(output_dir, wanted):
-    """Make and claim the folder; returns the checkpoint to resume from, or None (`wanted`: auto, path, None).
-
-    Raises PipelineError where it cannot be written, is in use, or holds results that would be overwritten.
-    """
+    """Claim the folder; find the checkpoint to resume from (`wanted`: auto, path, None)."""
     with blaming(f"--output_dir {output_dir} cannot be written, or another run is training into it"):
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(output_dir / "lock", os.O_CREAT | os.O_RDWR)  # never closed: the kernel frees it when
@@ -214,7 +210,7 @@ def open_output(output_dir, wanted):
     newest = wanted and (not found or found[-1].resolve() == Path(wanted).resolve())
     if finished or found and not newest:
         raise PipelineError(f"--output_dir {output_dir} already holds an adapter or checkpoints; choose "
-                            "another, or go on with --resume_from_checkpoint auto")
+                            "another or, from a checkpoint, go on with --resume_from_checkpoint auto")
     return wanted and Path(wanted)
 
 
@@ -226,13 +222,13 @@ def checkpoints(output_dir):
 
 def read_checkpoint(folder, run):
     """A checkpoint's state. Raises PipelineError where it is damaged, or another run's than `run`."""
-    file = folder / "trainer_state.pt"
     with blaming(f"{folder} is damaged, or no checkpoint of this trainer; remove it, and "
                  "--resume_from_checkpoint auto takes the one before"):
-        if damaged := zipfile.ZipFile(file).testzip():  # torch.load looks at no checksum
-            raise ValueError(f"the checksum of {damaged} differs")
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        before = state["run"]
+        if (folder / "checksum").read_text() != fingerprint(folder / name for name in CHECKPOINT):
+            raise ValueError("its checksum differs")
+        state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
+        before = dict(state["run"], step=state["step"], optimizer=state["optimizer"])
+        state["adapter"] = load_file(folder / "adapter_model.safetensors")
     differing = [f"{key} was {before.get(key)}, is {run[key]}" for key in run if before.get(key) != run[key]]
     if differing:
         raise PipelineError(f"{folder} belongs to another run: " + "; ".join(differing))
@@ -256,40 +252,44 @@ def build_optimizer(model, args, total, state):
 def save_checkpoint(output_dir, model, optimizer, run, keep, step):
     """Write checkpoint-<step> whole or not at all, then remove all but the newest `keep`."""
     unfinished, whole = output_dir / "unfinished", output_dir / f"checkpoint-{step}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    with blaming(f"{whole} cannot be written; those before it are whole: make room, and go on with "
-                 "--resume_from_checkpoint auto"):
-        model.save_pretrained(str(unfinished), save_embedding_layers=False)
-        state = dict(run=run, step=step, adapter=get_peft_model_state_dict(model),
-                     optimizer=optimizer.state_dict()["state"])
-        torch.save(state, unfinished / "trainer_state.pt")
-        os.sync()  # all of it on the disk before it has its name
-        unfinished.rename(whole)
-        for folder in checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(folder)
+    try:
+        with blaming(f"{whole} cannot be written; those before it are whole: make room, and go on with "
+                     "--resume_from_checkpoint auto"):
+            model.save_pretrained(str(unfinished), save_embedding_layers=False)
+            torch.save(dict(run=run, step=step, optimizer=optimizer.state_dict()["state"]),
+                       unfinished / "trainer_state.pt")
+            (unfinished / "checksum").write_text(fingerprint(unfinished / name for name in CHECKPOINT))
+            os.sync()  # all of it on the disk before it has its name
+            unfinished.rename(whole)
+            for folder in checkpoints(output_dir)[:-keep]:
+                shutil.rmtree(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def publish(checkpoint, output_dir):
     """Copy a checkpoint's adapter to where the final one belongs, each file whole or not at all."""
     with blaming(f"the adapter of {checkpoint} cannot be copied to --output_dir; make room and start again"):
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for name in CHECKPOINT[:2]:
             shutil.copy(checkpoint / name, output_dir / f"{name}.unfinished")
             os.replace(output_dir / f"{name}.unfinished", output_dir / name)
 
 
 def open_board(output_dir, step):
     """TensorBoard's writer; and takes out of metrics.jsonl what a killed run had written after `step`."""
-    file = output_dir / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    file.write_text("".join(kept))
-    return SummaryWriter(output_dir / "runs", purge_step=step + 1)
+    file, kept = output_dir / "metrics.jsonl", output_dir / "metrics.unfinished"
+    with blaming(f"--output_dir {output_dir} cannot be written"):
+        lines = file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else []
+        steps = [re.match(r'{"step": (\d+), .*}\n', line) for line in lines]  # None of a torn line
+        kept.write_text("".join(found[0] for found in steps if found and int(found[1]) <= step))
+        kept.replace(file)
+        return SummaryWriter(output_dir / "runs", purge_step=step + 1)
 
 
 def report(output_dir, board, losses, metrics):
     """Add a line to metrics.jsonl and points to TensorBoard. losses: the text's, then each codebook's."""
     audio_loss = sum(codebooks := losses[1:]) / len(codebooks)
-    metrics = {"loss": losses[0] + audio_loss, "text_loss": losses[0], "audio_loss": audio_loss, **metrics}
+    metrics |= {"loss": losses[0] + audio_loss, "text_loss": losses[0], "audio_loss": audio_loss}
     curves = metrics | {f"codebook_{k}": loss for k, loss in enumerate(codebooks)}
     line = metrics | {"audio_loss_per_codebook": codebooks}
     with blaming(f"--output_dir {output_dir} cannot be written"):

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -100,9 +101,8 @@ def on_all_ranks(function, *args):
         problem = str(error)
     problems = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    if any(problems):
-        said = "\n".join(dict.fromkeys(filter(None, problems)))
-        raise PipelineError(said) if dist.get_rank() == 0 else SystemExit(1)
+    if problems := list(dict.fromkeys(filter(None, problems))):
+        raise PipelineError("\n".join(problems)) if dist.get_rank() == 0 else SystemExit(1)
     return result
 
 
@@ -123,9 +123,8 @@ def encode_missing(clips, codec, device, num_workers, store):
 def loss_sums(outputs, batch, counts, text_head):
     """Summed cross entropy in float32, (1 + num_codebooks,): of the text labels, then of each codebook's.
 
-    Position t of the logits predicts label t + 1: HiggsAudioModel.forward aligns them, unshifted. The first
-    column of every audio segment is all -100, so the shift never crosses from one clip to the next.
-    `counts` holds the number of text labels: known from the collation, they are selected without a sync.
+    Position t of the logits predicts label t + 1: HiggsAudioModel.forward aligns them. The first column of an
+    audio segment is all -100: no shift crosses clips. counts[0] text labels are selected without a sync.
     """
     labels = outputs.expanded_labels[:, 1:].flatten()  # (B * (T - 1),)
     selected = (labels != -100).nonzero_static(size=int(counts[0])).squeeze(1)  # (text labels,)
@@ -167,8 +166,8 @@ def compute_gradients(model, text_head, micro_batches, counts, halt):
 def rehearse(model, text_head, data, lengths):
     """Forward and backward of the largest micro-batch, twice, no update: out-of-memory shows now.
 
-    In its second forward DDP lays out its buckets anew, a collective. Later, ranks with more and with fewer
-    micro-batches would meet it in different order, and a resumed run add up in another. Returns the counts.
+    In its second forward DDP lays out its buckets anew: later, ranks with more micro-batches than others
+    would wait for them there, and a resumed run would add up in another order. Returns the counts.
     """
     samples = dataset.cut(zip(lengths, range(len(lengths))), data.batch_size, data.max_tokens)
     largest = [i for _, i in max(samples, key=lambda samples: len(samples) * samples[0][0])]
@@ -196,31 +195,32 @@ def update(optimizer, schedule, parameters, max_grad_norm):
 
 def catch_signals(halt):
     """Ctrl-C and SIGTERM: before training (halt[0] < 0) exit, then ask to stop, a second one ends at once."""
-    asked = []
-    def handle(number, _):
-        if halt[0] < 0:
-            sys.exit(0)
-        if asked and time.monotonic() - asked[-1] > 2:  # torchrun passes on what the ranks may have got, too
-            os._exit(128 + number)
-        asked.append(time.monotonic())
-        halt[0] = HALT
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
+    arrived, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    def watch():  # in a thread: a handler would wait while the main thread waits for other ranks
+        first = None
+        while number := os.read(arrived, 1)[0]:
+            if number in (signal.SIGINT, signal.SIGTERM):
+                first = first or time.monotonic()
+                if halt[0] < 0 or time.monotonic() - first > 2:  # sooner, torchrun passed on the first
+                    os._exit(128 + number if halt[0] > 0 or "RANK" in os.environ else 0)
+                halt[0] = HALT
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(args):
     store, device, rank, world_size = join_ranks()
-    # Reasons to stop, from HALT on: a signal; steps in a row that were not applied, which the device counts
-    # and copies here without being waited for, so that it is seen a step or two later
+    # Reasons to stop, from HALT on: a signal; steps in a row not applied (counted and copied by the device)
     halt = torch.tensor([-1, 0], pin_memory=device.type == "cuda")
     catch_signals(halt)
     resumed = on_rank_0(lora.open_output, args.output_dir, args.resume_from_checkpoint)
-    entries, clips, codec, tokenizer, collator, base = on_all_ranks(lora.open_inputs, args, device)
-    samples_per_step = args.batch_size * args.grad_accum * world_size
+    entries, clips, codec, tokenizer, collator, run = on_all_ranks(lora.open_inputs, args, device)
+    run["samples_per_step"] = samples_per_step = args.batch_size * args.grad_accum * world_size
     steps_per_epoch = -(-len(entries) // samples_per_step)
     total = args.max_steps or args.epochs * steps_per_epoch
-    run = dict(base_ckpt=base, train_manifest=lora.fingerprint([args.train_manifest]), lora_r=args.lora_r,
-               lora_alpha=args.lora_alpha, seed=args.seed, samples_per_step=samples_per_step)
     state = on_all_ranks(lora.read_checkpoint, resumed, run) if resumed else {"step": 0}
     first = state["step"]
     if first >= total:
@@ -233,10 +233,8 @@ def main(args):
     parameters, optimizer, schedule = lora.build_optimizer(model, args, total, state)
     for parameter in parameters:  # DDP itself would send the whole frozen base (init_sync)
         dist.broadcast(parameter.data, src=0)
-    model = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False,
-                                    gradient_as_bucket_view=True)
+    model = DDP(model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
     rehearse(model, text_head, data, lengths)
-
     shares = dataset.deal_steps(lengths, samples_per_step, args.seed, rank, world_size, range(first, total))
     loader = DataLoader(data, sampler=shares, batch_size=None, num_workers=args.num_workers,
                         pin_memory=device.type == "cuda", worker_init_fn=dataset.ignore_signals)
@@ -273,16 +271,16 @@ def main(args):
                 "data_wait": waited / took, "max_memory_gb": peak / 1e9})
             bar.set_postfix(loss=f"{losses[0] + losses[1:].mean():.3f}")
             since, waited, seen = time.perf_counter(), 0.0, 0
-        if step % args.save_steps == 0 or step == total:
+        if (step % args.save_steps == 0 or step == total) and in_a_row < HALT:
             save(step)
-    if done < total and in_a_row >= HALT:
-        bad = range(done - int(in_a_row), done)
+    bad = range(done - int(in_a_row * (in_a_row >= HALT)), done)
+    if first < bad.start < total and bad.start % args.save_steps:
+        save(bad.start)
+    if bad:
         shares = dataset.deal_steps(lengths, samples_per_step, args.seed, rank, world_size, bad)
         on_all_ranks(dataset.refuse, "loss or gradient not finite, no step applied; lower --lr, or look at",
                      [(f"step {step + 1}", f"entries {share}") for step, (share, _) in zip(bad, shares)])
     if done < total:
-        if done > first and done % args.save_steps:
-            save(done)
         return on_rank_0(print, f"stopped at step {done}; --resume_from_checkpoint auto goes on")
     on_rank_0(lora.publish, args.output_dir / f"checkpoint-{total}", args.output_dir)
     on_rank_0(print, f"done: {total} steps, the adapter is in {args.output_dir}")
@@ -295,6 +293,8 @@ if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks, and tokenizers warns of each
     try:
         main(parse_args())
-        dist.destroy_process_group()
     except PipelineError as error:  # a worker's comes with its traceback
         sys.exit("error: " + str(error).rpartition("PipelineError: ")[2])
+    finally:
+        if dist.is_initialized():  # its threads would abort the process, now and then
+            dist.destroy_process_group()

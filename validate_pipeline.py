@@ -113,7 +113,8 @@ def show_targets(data, tokenizer):
 def listen(part):
     """(seconds of silence at the end, share of clipped samples) of one clip."""
     wave = dataset.load_waveform(SAMPLE_RATE, part)
-    _, (_, end) = librosa.effects.trim(wave, top_db=40)
+    loud = np.abs(wave).max() > 0.01  # trim compares with the clip's own loudest moment
+    _, (_, end) = librosa.effects.trim(wave, top_db=40) if loud else (None, (0, 0))
     return float(len(wave) - end) / SAMPLE_RATE, float(np.mean(np.abs(wave) > 0.99))
 
 
@@ -139,37 +140,42 @@ def suspect(entries, clips, frames, num_workers):
     return found
 
 
-def forward(model, text_head, data, index):
-    """The last hidden state, (hidden,), of one entry."""
-    [(batch, _)], head = data[[index], True], text_head.weight
-    bf16 = head.dtype == torch.bfloat16
-    with torch.no_grad(), torch.autocast(head.device.type, torch.bfloat16, enabled=bf16):
-        batch = {k: v.to(head.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+def last_hidden(model, text_head, batch):
+    """The hidden state of the last position, (hidden,) in float32."""
+    device, bf16 = text_head.weight.device, text_head.weight.dtype == torch.bfloat16
+    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         return model(**batch).logits[0, -1].float()
 
 
 def check_heard(model, text_head, data):
-    """Whether the first reference clip changes what the model computes, and how it gets there."""
-    cited = [(i, name) for i, entry in enumerate(data.entries) for name in split_clips(entry)[0]]
-    others = [clip for name, clip in data.clips.items() if cited and name != cited[0][1]]
-    if not others:
-        return tell("reference", "there is no second clip to compare it with" if cited else "there is none")
-    (i, name), collator = cited[0], data.collator
-    role = next(role for role, _, clip in dataset.clips_of(data.entries[i]) if clip == name)
-    ways = ["as codes"] * collator.return_audio_in_tokens + ["by Whisper"] * collator.encode_whisper_embed
-    ways = ["as an earlier reply"] if role == "assistant" else ways
-    ours = forward(model, text_head, data, i)
-    clips = data.clips | {name: others[0]}
-    data = dataset.StepDataset(data.entries, clips, data.tokenizer, collator, 1, None)
-    change = ((ours - forward(model, text_head, data, i)).norm() / ours.norm()).item()
-    heard = f"heard {' and '.join(ways)}" if change else "NOT heard"
-    tell("reference", f"of entry {i} is {heard}: another changes the last hidden state by {change:.1%}")
+    """By which ways the first reference reaches the model: its sound is played backwards on each of them."""
+    cited = [i for i, entry in enumerate(data.entries) if split_clips(entry)[0]]
+    if not cited:
+        return tell("reference", "there is none")
+    [(batch, _)], ways = data[cited[:1], True], {}
+    if batch["audio_in_ids"] is not None and batch["audio_in_ids"].numel():  # (num_codebooks, T)
+        ways["as codes"] = {"audio_in_ids": batch["audio_in_ids"].flip(1)}
+    if batch["audio_features"] is not None and len(batch["audio_features"]):  # (clips, mel bins, T)
+        ways["by Whisper"] = {"audio_features": batch["audio_features"].flip(2)}
+    first = batch["label_audio_ids"][:, : (batch["audio_out_ids_start"].tolist() + [None])[1]]
+    if first.numel() and (first == -100).all():  # a reply that is not trained
+        codes = batch["audio_out_ids"].clone()
+        codes[:, : first.shape[1]] = codes[:, : first.shape[1]].flip(1)
+        ways["as an earlier reply"] = {"audio_out_ids": codes}
+    before, heard = last_hidden(model, text_head, batch), []
+    for way, backwards in ways.items():
+        change = (last_hidden(model, text_head, batch | backwards) - before).norm() / before.norm()
+        heard += [f"{way} (backwards it changes the last hidden state by {change:.1%})"] if change else []
+    tell("reference", f"of entry {cited[0]} is {'heard ' + ', '.join(heard) if heard else 'NOT heard'}")
 
 
 def try_largest(model, text_head, data, lengths, padded):
     """Forward and backward of the largest micro-batch: its memory, and time per epoch from that."""
     model = DistributedDataParallel(model, broadcast_buffers=False)
     trainer.rehearse(model, text_head, data, lengths)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of the codec's
     began = time.perf_counter()
     counts = trainer.rehearse(model, text_head, data, lengths)
     if torch.cuda.is_available():
@@ -232,6 +238,9 @@ def main():
         preflight(trainer.parse_args(["--output_dir", "unused", *options]))
     except PipelineError as error:
         sys.exit(f"to fix first:\n{error}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from tests.tiny_checkpoint import make_tokenizer, voice_cloning_entry
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from([
         "assistant", "user", "system", "tool", "a.wav", "none.wav", "", "placeholder", "<|AUDIO|>",
-        "<|eot_id|>", "text", "audio", "image", "UklGRg==", "https://x.org/a.wav", "\ud800", "a\0b", "x" * 5000]),
+        "<|eot_id|>", "text", "audio", "image", "UklGRg==", "https://x.org/a.wav", "\ud800", "a\0b",
+        "x" * 999]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([
         "messages", "role", "content", "type", "text", "audio_url", "raw_audio", "offset", "duration",
         "row_id", "recipient", "start_index", "speaker", "misc"]) | st.text(max_size=5), inner, max_size=5),

@@ -18,6 +18,8 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+import dataset
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 24
 Job = namedtuple("Job", "folder ranks output_dir cache log")  # folder: the tiny checkpoint's
@@ -93,7 +95,8 @@ def finish(job, running):
     """Wait for the end, which must be a good one. Returns (the adapter's bytes, all that was printed)."""
     assert running.wait(timeout=300) == 0, job.log.read_text()
     assert logged(job) == list(range(1, STEPS + 1))  # each step once, whatever was lost and done again
-    assert not list(job.output_dir.glob("*unfinished*")) and not list(job.cache.glob("*.tmp"))
+    assert not list(job.output_dir.glob("*unfinished*"))
+    assert all(dataset.load_codes(file) is not None for file in job.cache.glob("*.npy"))  # none is torn
     return (job.output_dir / "adapter_model.safetensors").read_bytes(), job.log.read_text()
 
 

@@ -2,13 +2,14 @@
 
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-import torch
 
-import trainer
 from tests import kills
+from tests.kills import ROOT
 
 
 def test_a_killed_job_ends_in_the_same_adapter(tiny):
@@ -28,29 +29,26 @@ def test_a_killed_job_ends_in_the_same_adapter(tiny):
     assert again.wait() == 0 and "finished before: 24 steps" in killed.log.read_text()
 
 
-@pytest.fixture
-def handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+WAITS = """
+import sys, torch, trainer
+halt = torch.tensor([int(sys.argv[1]), 0])
+trainer.catch_signals(halt)
+print("waiting", flush=True)
+torch.distributed.TCPStore("127.0.0.1", 0, is_master=True).wait(["never"])
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_the_process_at_once(handlers, monkeypatch, number):
-    """Before training the first one does; and one that torchrun passes on in the same moment is none."""
-    ended = []
-    monkeypatch.setattr(trainer.os, "_exit", ended.append)
-    halt = torch.tensor([-1, 0])
-    trainer.catch_signals(halt)
-    with pytest.raises(SystemExit) as exit:
-        signal.raise_signal(number)
-    assert exit.value.code == 0
-    halt[0] = 0
-    signal.raise_signal(number)
-    signal.raise_signal(number)
-    assert halt[0] == trainer.HALT and not ended
-    now = time.monotonic()
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: now + 3)
-    signal.raise_signal(number)
-    assert ended == [128 + number]
+def test_a_second_signal_ends_the_process_at_once(number):
+    """While the main thread is in one call of C, as in a collective. One that comes in the same moment, as
+    torchrun passes it on, is none; before training the first one does.
+    """
+    for before, codes in (("-1", [0]), ("0", [128 + number])):
+        program = subprocess.Popen([sys.executable, "-c", WAITS, before], cwd=ROOT, stdout=subprocess.PIPE)
+        assert program.stdout.readline() == b"waiting\n"
+        for pause in (0.1, 2.5, 0):
+            program.send_signal(number)
+            time.sleep(pause)
+            if before == "0" and pause:
+                assert program.poll() is None
+        assert program.wait(timeout=2) in codes

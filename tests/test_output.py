@@ -117,7 +117,17 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_by_name(saved, damage):
-    DAMAGES[damage](saved / "trainer_state.pt")
+    for name in ("checksum", *lora.CHECKPOINT):
+        folder = shutil.copytree(saved, saved.parent / name / saved.name)
+        DAMAGES[damage](folder / name)
+        with pytest.raises(PipelineError, match="checkpoint-5 is damaged, or no checkpoint of this trainer"):
+            lora.read_checkpoint(folder, RUN)
+
+
+@pytest.mark.parametrize("content", [Code(), [1], {"run": [1]}, {"run": RUN, "step": 5}, torch.ones(2)])
+def test_another_trainers_checkpoint_is_refused_even_with_our_checksum(saved, content):
+    torch.save(content, saved / "trainer_state.pt")
+    (saved / "checksum").write_text(lora.fingerprint(saved / name for name in lora.CHECKPOINT))
     with pytest.raises(PipelineError, match="checkpoint-5 is damaged, or no checkpoint of this trainer"):
         lora.read_checkpoint(saved, RUN)
 
@@ -145,11 +155,14 @@ def test_what_does_not_fit_leaves_the_others_whole(saved, lora_model, optimizer)
     assert [folder.name for folder in lora.checkpoints(saved.parent)] == ["checkpoint-6"]
 
 
-def test_a_run_without_finite_steps_stops_with_its_entries(tiny, tmp_path):
-    """After a step at such a rate nothing is finite any more. metrics.jsonl stays JSON."""
+@pytest.mark.parametrize("steps", [40, 4], ids=["on the way", "at the end"])
+def test_a_run_without_finite_steps_stops_with_its_entries(tiny, tmp_path, steps):
+    """After a step at such a rate nothing is finite any more. metrics.jsonl stays JSON, and the checkpoint is
+    that of the last step that was applied.
+    """
     flags = ["--train_manifest", tiny / "train.json", "--base_ckpt", tiny / "model", "--lr", "1e30",
              "--audio_tokenizer", tiny / "codec", "--output_dir", tmp_path, "--batch_size", 1,
-             "--grad_accum", 2, "--warmup_ratio", 0, "--max_steps", 40, "--logging_steps", 1]
+             "--grad_accum", 2, "--warmup_ratio", 0, "--max_steps", steps, "--logging_steps", 1]
     command = list(map(str, [sys.executable, "trainer.py", *flags]))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -157,7 +170,19 @@ def test_a_run_without_finite_steps_stops_with_its_entries(tiny, tmp_path):
     assert len(error) == 1 + trainer.HALT and all("entries [" in line for line in error[1:])
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["skipped_steps"] == trainer.HALT and metrics[-1]["loss"] is None
+    assert [folder.name for folder in lora.checkpoints(tmp_path)] == ["checkpoint-1"]
     assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_metrics_of_lost_steps_and_torn_lines_go(tmp_path):
+    """A line that a kill or a power cut tore must not stop every start to come."""
+    lines = [json.dumps({"step": step, "loss": None}) + "\n" for step in range(1, 8)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:5]) + "\n\0\0\n" + lines[5] + lines[6][:-4])
+    lora.open_board(tmp_path, 5)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:5])
+    (tmp_path / "metrics.jsonl").unlink()
+    lora.open_board(tmp_path, 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_learning_rate_and_length_are_the_command_lines_on_resume(tiny, tmp_path):
@@ -171,5 +196,9 @@ def test_learning_rate_and_length_are_the_command_lines_on_resume(tiny, tmp_path
     expected = [1e-3 * cosine[0], 1e-3 * cosine[1], 5e-4 * cosine[2], 5e-4 * cosine[3]]
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     assert [line["lr"] for line in metrics] == pytest.approx(expected, abs=1e-10)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == (
-        tmp_path / "checkpoint-4/adapter_model.safetensors").read_bytes()
+    adapter = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert adapter == (tmp_path / "checkpoint-4/adapter_model.safetensors").read_bytes()
+    (tmp_path / "checkpoint-4/adapter_model.safetensors").write_bytes(adapter[:1000])  # started again, it is
+    with pytest.raises(AssertionError, match="checkpoint-4 is damaged"):  # not put in the good one's place
+        run(tiny, tmp_path, *flags, "--max_steps", 4)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == adapter

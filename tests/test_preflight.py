@@ -1,5 +1,6 @@
 """validate_pipeline.py on the user's own data: what it tells, what it suspects, what it refuses."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def test_what_the_data_holds_and_what_is_doubtful(tiny, doubtful):
     assert f"{TEXTS[0]}<|eot_id|>" in told  # the prompt; the reply is its clip, and its end
     trained = "and trained on '<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>': 3 labels of text, 31"
     assert trained in told and "trainable   204,800 parameters" in told
-    assert "reference   of entry 0 is heard as codes: another changes the last hidden state by " in told
+    assert "reference   of entry 0 is heard as codes (backwards it changes the last hidden state by " in told
     assert "largest     micro-batch: 2 samples, " in told and told.count(" hours an epoch on ") == 2
     doubts = {line.split(":")[0].strip(): line for line in lines[lines.index(next(filter(
         lambda line: line.startswith("worth a look"), lines))) + 1 : -1]}
@@ -70,13 +71,21 @@ def test_what_the_data_holds_and_what_is_doubtful(tiny, doubtful):
 
 def test_references_in_other_layouts_and_deaf_ones(tiny, entries):
     code, told = preflight(tiny, entries, "--return_audio_in_tokens", "false")
-    assert code == 0 and "of entry 0 is NOT heard: another changes the last hidden state by 0.0%" in told
+    assert code == 0 and "reference   of entry 0 is NOT heard" in told.splitlines()
     replies = [{"role": "assistant", "content": {"audio_url": f"clips/{name}.wav"}}
                for name in ("voice_a", "target_a")]
     asked = {"role": "user", "content": "hello"}
+    inline = base64.b64encode((tiny / "clips/voice_a.wav").read_bytes()).decode()
+    replies[0]["content"] = {"audio_url": "placeholder", "raw_audio": inline}
     turns = [asked, replies[0], asked, replies[1]]
     code, told = preflight(tiny, [{"messages": turns, "start_index": 3}])
-    assert code == 0 and "of entry 0 is heard as an earlier reply: another changes" in told
+    assert code == 0 and "of entry 0 is heard as an earlier reply (backwards it changes" in told
+
+
+def test_text_alone_is_legal(tiny):
+    code, told = preflight(tiny, [{"messages": [{"role": "user", "content": "hello"},
+                                                {"role": "assistant", "content": "good day"}]}])
+    assert code == 0 and "reference   there is none" in told and "targets     0.00 hours in 0" in told
 
 
 def test_what_is_to_be_fixed_ends_the_list(tiny, entries):

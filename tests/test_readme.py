@@ -35,12 +35,12 @@ def test_every_block_is_known():
 
 def test_commands_for_the_released_checkpoint_parse():
     commands = blocks("bash", "bosonai/")
-    for command in commands:
-        words = shlex.split(command.replace("\\\n", " "))
-        args = trainer.parse_args(words[words.index("trainer.py") + 1:])
-        defaults = trainer.parse_args(["--train_manifest=train.json", "--output_dir=out"])
-        assert args == defaults  # "These values are also the defaults"
-    assert commands
+    preflight, training = (shlex.split(command.replace("\\\n", " ")) for command in commands)
+    defaults = trainer.parse_args(["--train_manifest=train.json", "--output_dir=out"])
+    assert preflight[:2] == ["python", "validate_pipeline.py"]
+    assert trainer.parse_args([*preflight[2:], "--output_dir=out"]) == defaults
+    assert training[:3] == ["torchrun", "--nproc_per_node=8", "trainer.py"]
+    assert trainer.parse_args(training[3:]) == defaults  # "These values are also the defaults"
 
 
 def test_the_manifest_is_one(tiny):
@@ -76,8 +76,11 @@ def test_the_embedded_default_passes_and_trains(step_by_step):
     assert [line[6:].split(":")[0] for line in lines if line.startswith("pass  ")] == ROWS
     end = lines.index("🎉 ALL VALIDATION TESTS PASSED!")
     assert lines[end + 1] == "📋 Ready for training with torchrun command..."
-    [command] = blocks("bash", "bosonai/")
+    _, command = blocks("bash", "bosonai/")
     assert "\n".join(lines[end + 2 :]).startswith(command.strip())
+    [_, of_the_readme] = [text for kind, text in BLOCKS if kind == ""]
+    for line in of_the_readme.splitlines():  # the preflight's: times and memory differ, and "..." leaves out
+        assert line.split("...")[0].split(";")[0] in "\n".join(lines)
     assert json.loads(lines[-1])["step"] == 120 and json.loads(lines[-1])["loss"] < 0.05
 
 

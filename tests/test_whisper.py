@@ -13,6 +13,7 @@ from transformers import AutoProcessor, WhisperFeatureExtractor, WhisperProcesso
 import dataset
 import lora
 import trainer
+import validate_pipeline
 from dataset import PipelineError
 from tests import tiny_checkpoint
 
@@ -93,6 +94,17 @@ def test_swapping_the_reference_changes_the_logits(whisper, open_whisper):
     print(f"the reference's features change the logits by {features:.3f}, its codes by {codes:.3f}")
     assert features > 1e-2
     assert codes > 1e-2 if model.config.encode_audio_in_tokens else a["audio_in_ids"] is None
+
+
+def test_the_preflight_tells_the_ways_apart(whisper, open_whisper, capsys):
+    """Catches one that finds the reference deaf in spite of Whisper, or heard by it because of the codes."""
+    data = open_whisper(entry("voice_a"))
+    args = trainer.parse_args([f"--base_ckpt={whisper}/model", "--train_manifest=a", "--output_dir=b"])
+    capsys.readouterr()
+    validate_pipeline.check_heard(*lora.build_model(args, CPU), data)
+    told = capsys.readouterr().out
+    assert "by Whisper (backwards it changes the last hidden state by " in told
+    assert ("heard as codes (backwards" in told) == data.collator.return_audio_in_tokens
 
 
 def test_it_trains_and_the_tower_stays_as_it_is(whisper, open_whisper):

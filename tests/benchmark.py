@@ -1,0 +1,255 @@
+"""The trainer's step against the obvious loop: same samples, same codes, same update, alternating, medians.
+
+    python tests/benchmark.py [--shape tiny|medium|released] [--json] [--repetitions 3] [trainer.py's options]
+    torchrun --nproc_per_node=2 tests/benchmark.py ...     also what the ranks' own work adds to a step
+
+reference: micro-batches of batch_size in file order, text logits at every position in float32, PEFT as it is.
+ours: lora.build_model and trainer.compute_gradients, on a step that StepDataset has cut.
+Memory is what a step takes above the loaded model: peak RSS on a CPU, the allocator's peak on a GPU.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import dataset  # noqa: E402
+import lora  # noqa: E402
+import trainer  # noqa: E402
+from tests import tiny_checkpoint  # noqa: E402
+
+SHAPES = {"tiny": {}, "medium": dict(hidden=512, layers=8, vocab_size=128_256), "released": None}
+
+
+def make_checkpoint(folder, shape, device):
+    """A random checkpoint of the shape, with the tiny text tokenizer; drawn on `device`, bf16 if released."""
+    tokenizer = tiny_checkpoint.make_tokenizer(folder)
+    config = tiny_checkpoint.make_config(tokenizer, **(SHAPES[shape] or {}))
+    if shape == "released":
+        settings = tiny_checkpoint.released_config().to_dict()
+        special = ("audio_in_token_idx", "audio_out_token_idx", "audio_out_bos_token_id",
+                   "audio_eos_token_id", "pad_token_id")
+        config = lora.HiggsAudioConfig(**{**settings, **{name: getattr(config, name) for name in special}})
+    torch.set_default_dtype(torch.bfloat16 if shape == "released" else torch.float32)
+    with device:
+        model = lora.HiggsAudioModel(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+
+
+def make_samples(folder, count, seed=0):
+    """(entries, clips) as find_clips gives them: references of 3 to 8 s, targets of 2 to 16 s, mean 10 s."""
+    rng, clips, entries = np.random.default_rng(seed), {}, []
+    for i in range(count):
+        for kind, seconds in (("reference", rng.uniform(3, 8)), ("target", rng.triangular(2, 12, 16))):
+            name, file = f"{kind}{i}", folder / f"{kind}{i}.npy"
+            np.save(file, rng.integers(0, 1024, (8, round(25 * seconds))).astype(np.int16))
+            clips[name] = (file, [i], {"audio_url": name})
+        text = 2 * tiny_checkpoint.TEXTS[0] * int(rng.integers(2, 5))
+        entries.append(tiny_checkpoint.voice_cloning_entry(text, f"reference{i}", f"target{i}"))
+        for turn in entries[-1]["messages"]:
+            turn["content"] = [turn["content"]] if isinstance(turn["content"], str) else turn["content"]
+            turn["content"] = [{"text": p} if isinstance(p, str) else p for p in turn["content"]]
+    return entries, clips
+
+
+def reference_gradients(model, micro_batches, counts):
+    """The obvious loop: upstream's forward as it is, and cross entropy over everything."""
+    device, sums = next(model.parameters()).device, 0.0
+    bf16 = next(model.parameters()).dtype == torch.bfloat16
+    for i, (batch, _) in enumerate(micro_batches):
+        batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        last = i == len(micro_batches) - 1
+        with contextlib.nullcontext() if last else model.no_sync():
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                outputs = model(**batch)
+                text = F.cross_entropy(outputs.logits[:, :-1].float().flatten(0, 1),
+                                       outputs.expanded_labels[:, 1:].flatten(), reduction="sum")
+                audio = torch.stack([
+                    F.cross_entropy(outputs.audio_logits[:-1, k].float(), labels[1:], reduction="sum")
+                    for k, labels in enumerate(batch["label_audio_ids"])])
+            weights = (dist.get_world_size() / counts).to(device)
+            loss = text * weights[0] + (audio * weights[1:]).mean()
+            loss.backward()
+        sums += loss.item()
+    return sums / dist.get_world_size()  # this rank's share of the step's loss
+
+
+def peak_memory(device):
+    """Bytes at the peak since the last reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def reset_memory(device):
+    """Start a new peak; returns the bytes in use now."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    return peak_memory(device)
+
+
+def timed(function, device):
+    """(result, seconds, bytes above what was in use)."""
+    before, began = reset_memory(device), time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - began, peak_memory(device) - before
+
+
+def where_it_goes(step, rank_r, vocab, device):
+    """Shares of a step's time by what the profiler sees: operators, told apart by the shapes they get."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        step()
+    shares = dict.fromkeys(
+        ["text head", "LoRA", "base layers", "attention", "loss", "optimizer", "other"], 0.0)
+    for event in profile.key_averages(group_by_input_shape=True):
+        sizes = {size for shape in event.input_shapes for size in shape if isinstance(size, int)}
+        spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        product = event.key in ("aten::mm", "aten::addmm", "aten::bmm")
+        kind = ("attention" if "attention" in event.key else "optimizer" if "adamw" in event.key
+                else "loss" if "softmax" in event.key or "nll" in event.key
+                else "text head" if product and vocab in sizes else "LoRA" if product and rank_r in sizes
+                else "base layers" if product else "other")
+        shares[kind] += spent
+    return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+
+def matmul_rate(device):
+    """FLOP/s of large bf16 products: what MFU is measured against."""
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    times = []
+    for _ in range(20):
+        _, took, _ = timed(lambda: a @ a, device)
+        times.append(took)
+    return 2 * 8192**3 / statistics.median(times)
+
+
+def imbalance(args, ranks=8):
+    """The longest over the mean load of the ranks, less 1: mean over 100 steps of 16 samples a rank."""
+    rng = np.random.default_rng(1)
+    lengths = 25 * (rng.triangular(2, 12, 16, 12_800) + rng.uniform(3, 8, 12_800)) + 120
+    lengths, size = lengths.astype(int).tolist(), 16 * ranks
+    shares = [dataset.deal_steps(lengths, size, args.seed, rank, ranks, range(100)) for rank in range(ranks)]
+    loads = np.array([[sum(lengths[i] for i in share) for share, _ in steps] for steps in shares])
+    return float((loads.max(0) / loads.mean(0)).mean() - 1)
+
+
+def prepare(args, shape, folder, device):
+    """This rank's step: ([[(length, sample)]] in file order, the same collated, StepDataset's cut)."""
+    make_checkpoint(folder, shape, device)
+    args.base_ckpt = str(folder)
+    config, tokenizer, _ = lora.open_base(folder)
+    count, rank = args.batch_size * args.grad_accum, dist.get_rank()
+    entries, clips = make_samples(folder, count * dist.get_world_size())
+    data = dataset.StepDataset(entries, clips, tokenizer, lora.build_collator(config, None, True),
+                               args.batch_size, args.max_tokens)
+    mine = list(range(rank * count, (rank + 1) * count))
+    samples = [data.sample(i) for i in mine]
+    in_order = [samples[i : i + args.batch_size] for i in range(0, count, args.batch_size)]
+    return in_order, [data.collate(*zip(*batch), True) for batch in in_order], data[mine, True]
+
+
+def measure(args, shape, repetitions):
+    """{figure: value} of one optimizer step, both ways, alternating."""
+    _, device, _, world_size = trainer.join_ranks()
+    with tempfile.TemporaryDirectory() as folder:
+        in_order, obvious, cut = prepare(args, shape, Path(folder), device)
+        model, text_head = lora.build_model(args, device)
+        plain = lora.attach(lora.load_base(args.base_ckpt, text_head.weight.dtype, device), args.lora_r,
+                            args.lora_alpha, args.lora_dropout, args.seed).train()
+    counts = sum(counts for _, counts in cut)
+    dist.all_reduce(counts)
+    ours, theirs = (DDP(m, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True)
+                    for m in (model, plain))
+    parameters, optimizer, schedule = lora.build_optimizer(model, args, 10**6, {"step": 0})
+    _, their_optimizer, their_schedule = lora.build_optimizer(plain, args, 10**6, {"step": 0})
+    their_parameters = [p for p in plain.parameters() if p.requires_grad]
+    go_on = torch.zeros(1)
+
+    def our_step():
+        dist.all_reduce(own := sum(counts for _, counts in cut))
+        sums = trainer.compute_gradients(ours, text_head, cut, own[:-3], go_on)
+        trainer.update(optimizer, schedule, parameters, args.max_grad_norm)
+        dist.all_reduce(sums)
+        losses = sums.cpu() / counts[:-3]
+        return (losses[0] + losses[1:].mean()).item()
+
+    def their_step():
+        loss = reference_gradients(theirs, obvious, counts[:-3])
+        trainer.update(their_optimizer, their_schedule, their_parameters, args.max_grad_norm)
+        return loss
+
+    def gradients_alone():  # forward and backward, without what the ranks do together
+        with ours.no_sync():
+            trainer.compute_gradients(ours, text_head, cut, counts[:-3], go_on)
+        ours.zero_grad()
+
+    runs = {name: [] for name in ("reference", "ours", "gradients")}
+    for i in range(repetitions + 2):  # the first two lay out buckets and caches
+        for name, step in (("reference", their_step), ("ours", our_step), ("gradients", gradients_alone)):
+            run = timed(step, device)
+            runs[name] += [run] if i >= 2 else []
+    samples, positions, padded = counts[-3:].tolist()
+    their_padded = world_size * sum(len(batch) * max(length for length, _ in batch) for batch in in_order)
+    figures = {}
+    for name, width in (("reference", their_padded), ("ours", padded)):
+        seconds = statistics.median(took for _, took, _ in runs[name])
+        figures[name] = {
+            "ms per step": 1e3 * seconds, "samples/s": samples / seconds, "positions/s": positions / seconds,
+            "padding": 1 - positions / width, "first loss": runs[name][0][0],
+            "memory above the model, GB": max(memory for *_, memory in runs[name]) / 1e9}
+    alone = statistics.median(took for _, took, _ in runs["gradients"])
+    figures["ours"]["beside forward and backward"] = 1 - 1e3 * alone / figures["ours"]["ms per step"]
+    if device.type == "cuda":  # 4 FLOP a parameter and position: forward, and backward to the activations
+        active = 2.8e9 if shape == "released" else sum(p.numel() for p in model.parameters())
+        for name in ("reference", "ours"):
+            flops = 4 * active * figures[name]["positions/s"] / world_size
+            figures[name]["MFU"] = flops / matmul_rate(device)
+    figures["ours over reference"] = {
+        "time": figures["ours"]["ms per step"] / figures["reference"]["ms per step"],
+        "memory": figures["ours"]["memory above the model, GB"]
+        / figures["reference"]["memory above the model, GB"], "imbalance of 8 ranks": imbalance(args)}
+    vocab = text_head.out_features
+    figures["where the time goes, reference"] = where_it_goes(their_step, args.lora_r, vocab, device)
+    figures["where the time goes, ours"] = where_it_goes(our_step, args.lora_r, vocab, device)
+    return figures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--repetitions", type=int, default=3)
+    own, options = parser.parse_known_args()
+    args = trainer.parse_args(["--train_manifest=none", "--output_dir=none", "--lora_dropout=0",
+                               "--grad_accum=4", *options])
+    figures = measure(args, own.shape, own.repetitions)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for name, values in figures.items():
+        print(json.dumps({name: values}) if own.json else f"{name}\n" + "\n".join(
+            f"    {key:<30} {value:>12,.3f}" for key, value in values.items()))
+
+
+if __name__ == "__main__":
+    main()
