@@ -33,7 +33,6 @@ from tqdm import tqdm
 import dataset
 import lora
 from dataset import PipelineError
-
 HALT = 3  # so many steps in a row that could not be applied end the run
 
 
@@ -84,6 +83,9 @@ def join_ranks():
     """Join the process group: (its store, device, rank, world_size). Without torchrun: a group of one."""
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     store, rank, world_size = next(rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    # On one node torchrun keeps its store through restarts: the addresses of the dead ranks are in it
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # CPU tensors too have a backend, so that counts and messages never wait for the GPU
@@ -114,7 +116,8 @@ def on_rank_0(function, *args):
 
 
 def encode_missing(clips, codec, device, num_workers, store):
-    """Encode the clips that the cache lacks, each on one rank; `store` is the group's, fresh. Collective."""
+    """Encode the clips that the cache lacks, each on one rank, counted in the group's `store`. Collective."""
+    store = dist.PrefixStore(str(on_rank_0(time.time_ns)), store)  # where nothing has been counted yet
     if missing := [clips[i] for i in on_rank_0(dataset.find_missing, clips)]:
         codec = on_all_ranks(lora.load_codec, codec, device)
         on_all_ranks(lora.encode_clips, missing, codec, num_workers, store, dist.get_rank() == 0)
@@ -176,9 +179,8 @@ def rehearse(model, text_head, data, lengths):
         for _ in range(2):
             compute_gradients(model, text_head, [(batch, counts)], counts[:-3], torch.zeros(1))
     except torch.OutOfMemoryError:
-        raise PipelineError(f"out of memory on the largest micro-batch, {counts[-1]} positions of entries "
-                            f"{largest}; try --gradient_checkpointing, a smaller --batch_size or "
-                            "--max_tokens, --precision bf16, or leave the longest out") from None
+        raise PipelineError(f"out of memory on {counts[-1]} positions of entries {largest}; drop the longest,"
+                            " try --gradient_checkpointing, or a smaller --batch_size, --max_tokens") from None
     model.zero_grad()
     return counts
 
@@ -214,8 +216,7 @@ def catch_signals(halt):
 def main(args):
     store, device, rank, world_size = join_ranks()
     # Reasons to stop, from HALT on: a signal; steps in a row not applied (counted and copied by the device)
-    halt = torch.tensor([-1, 0], pin_memory=device.type == "cuda")
-    catch_signals(halt)
+    catch_signals(halt := torch.tensor([-1, 0], pin_memory=device.type == "cuda"))
     resumed = on_rank_0(lora.open_output, args.output_dir, args.resume_from_checkpoint)
     entries, clips, codec, tokenizer, collator, run = on_all_ranks(lora.open_inputs, args, device)
     run["samples_per_step"] = samples_per_step = args.batch_size * args.grad_accum * world_size
@@ -235,9 +236,10 @@ def main(args):
         dist.broadcast(parameter.data, src=0)
     model = DDP(model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
     rehearse(model, text_head, data, lengths)
-    shares = dataset.deal_steps(lengths, samples_per_step, args.seed, rank, world_size, range(first, total))
-    loader = DataLoader(data, sampler=shares, batch_size=None, num_workers=args.num_workers,
-                        pin_memory=device.type == "cuda", worker_init_fn=dataset.ignore_signals)
+    deal = functools.partial(dataset.deal_steps, lengths, samples_per_step, args.seed, rank, world_size)
+    loader = DataLoader(data, batch_size=None, sampler=deal(range(first, total)),
+                        num_workers=args.num_workers, pin_memory=device.type == "cuda",
+                        worker_init_fn=dataset.ignore_signals)
     board = lora.open_board(args.output_dir, first) if rank == 0 else None
     save = functools.partial(on_rank_0, lora.save_checkpoint, args.output_dir, model.module, optimizer, run,
                              args.save_total_limit)
@@ -245,15 +247,14 @@ def main(args):
     bar = tqdm(range(first + 1, total + 1), "training", initial=first, total=total, disable=rank > 0)
     batches, since, waited, seen, done = iter(loader), time.perf_counter(), 0.0, 0, first
     for step in bar:
-        asked = time.perf_counter()
+        waited -= time.perf_counter()
         micro_batches = next(batches)
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter()
         counts = sum(counts for _, counts in micro_batches)  # (num_codebooks + 4,)
         dist.all_reduce(counts)
         # Dropout follows from these three alone: no generator state to save, and resuming is exact
         torch.manual_seed(hash((args.seed, step, rank)))  # of integers: the same in every process
-        sums = compute_gradients(model, text_head, micro_batches, counts[:-3], halt)
-        if sums is None:
+        if (sums := compute_gradients(model, text_head, micro_batches, counts[:-3], halt)) is None:
             break
         norm, done = update(optimizer, schedule, parameters, args.max_grad_norm), step
         in_a_row = (in_a_row + 1) * (~norm.isfinite() | (in_a_row >= HALT))
@@ -277,9 +278,8 @@ def main(args):
     if first < bad.start < total and bad.start % args.save_steps:
         save(bad.start)
     if bad:
-        shares = dataset.deal_steps(lengths, samples_per_step, args.seed, rank, world_size, bad)
         on_all_ranks(dataset.refuse, "loss or gradient not finite, no step applied; lower --lr, or look at",
-                     [(f"step {step + 1}", f"entries {share}") for step, (share, _) in zip(bad, shares)])
+                     [(f"step {step + 1}", f"entries {share}") for step, (share, _) in zip(bad, deal(bad))])
     if done < total:
         return on_rank_0(print, f"stopped at step {done}; --resume_from_checkpoint auto goes on")
     on_rank_0(lora.publish, args.output_dir / f"checkpoint-{total}", args.output_dir)
