@@ -180,7 +180,7 @@ def rehearse(model, text_head, data, lengths):
             compute_gradients(model, text_head, [(batch, counts)], counts[:-3], torch.zeros(1))
     except torch.OutOfMemoryError:
         raise PipelineError(f"out of memory on {counts[-1]} positions of entries {largest}; drop the longest,"
-                            " try --gradient_checkpointing, or a smaller --batch_size, --max_tokens") from None
+                            " try --gradient_checkpointing, smaller --batch_size or --max_tokens") from None
     model.zero_grad()
     return counts
 
