@@ -114,7 +114,7 @@ def listen(part):
     """(seconds of silence at the end, share of clipped samples) of one clip."""
     wave = dataset.load_waveform(SAMPLE_RATE, part)
     loud = np.abs(wave).max() > 0.01  # trim compares with the clip's own loudest moment
-    _, (_, end) = librosa.effects.trim(wave, top_db=40) if loud else (None, (0, 0))
+    end = librosa.effects.trim(wave, top_db=40)[1][1] if loud else 0
     return float(len(wave) - end) / SAMPLE_RATE, float(np.mean(np.abs(wave) > 0.99))
 
 
@@ -150,10 +150,10 @@ def last_hidden(model, text_head, batch):
 
 def check_heard(model, text_head, data):
     """By which ways the first reference reaches the model: its sound is played backwards on each of them."""
-    cited = [i for i, entry in enumerate(data.entries) if split_clips(entry)[0]]
-    if not cited:
+    cited = next((i for i, entry in enumerate(data.entries) if split_clips(entry)[0]), None)
+    if cited is None:
         return tell("reference", "there is none")
-    [(batch, _)], ways = data[cited[:1], True], {}
+    [(batch, _)], ways = data[[cited], True], {}
     if batch["audio_in_ids"] is not None and batch["audio_in_ids"].numel():  # (num_codebooks, T)
         ways["as codes"] = {"audio_in_ids": batch["audio_in_ids"].flip(1)}
     if batch["audio_features"] is not None and len(batch["audio_features"]):  # (clips, mel bins, T)
@@ -167,7 +167,7 @@ def check_heard(model, text_head, data):
     for way, backwards in ways.items():
         change = (last_hidden(model, text_head, batch | backwards) - before).norm() / before.norm()
         heard += [f"{way} (backwards it changes the last hidden state by {change:.1%})"] if change else []
-    tell("reference", f"of entry {cited[0]} is {'heard ' + ', '.join(heard) if heard else 'NOT heard'}")
+    tell("reference", f"of entry {cited} is {'heard ' + ', '.join(heard) if heard else 'NOT heard'}")
 
 
 def try_largest(model, text_head, data, lengths, padded):
