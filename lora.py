@@ -1,37 +1,41 @@
-"""The model's side: open base and codec, put LoRA on the DualFFN projections, save and load adapter and run.
+"""The model's side: open base and codec, put LoRA on the DualFFN projections, make it ready to train, merge.
+
+    python lora.py merge --base_ckpt bosonai/higgs-audio-v2-generation-3B-base --adapter out --output_dir new
 
 The adapter is plain PEFT: PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(base), folder) loads it.
 """
 
-import fcntl
+import argparse
 import functools
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from boson_multimodal.audio_processing.higgs_audio_tokenizer import load_higgs_audio_tokenizer
 from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioSampleCollator
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, get_cosine_schedule_with_warmup
 
 import dataset
 from dataset import PipelineError, blaming
 
-CHECKPOINT = "adapter_config.json", "adapter_model.safetensors", "trainer_state.pt"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # DataLoader workers are forks: tokenizers warns of each
 # Matched against the whole name: suffixes like peft's usual q_proj would reach audio_tower.layers... too.
 # The Whisper tower, the heads and the embeddings stay as they are.
 TARGET_MODULES = r"layers\.\d+\.((self_attn|audio_attn)\.[qkvo]_proj|(mlp|audio_mlp)\.(gate|up|down)_proj)"
@@ -50,21 +54,25 @@ def fingerprint(files):
     return digest.hexdigest()
 
 
+def local(name):
+    """The folder `name`, or the copy of the hub's repository of that name, downloaded where need be."""
+    return Path(name if os.path.exists(name) else snapshot_download(name))
+
+
 def open_base(name):
     """A base checkpoint's (config, text tokenizer, fingerprint). PipelineError where there is none."""
     with blaming(f"--base_ckpt {name}: no Higgs Audio checkpoint there"):
         settings, _ = PretrainedConfig.get_config_dict(name)
         if settings.get("model_type") != "higgs_audio":
             raise PipelineError(f"--base_ckpt {name} is {settings.get('model_type')}, not higgs_audio")
-        folder = Path(name if os.path.exists(name) else snapshot_download(name))
-        weights = fingerprint([folder / "config.json", *folder.glob("*.safetensors")])
+        weights = fingerprint([local(name) / "config.json", *local(name).glob("*.safetensors")])
         return HiggsAudioConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name), weights
 
 
 def open_codec(name, config):
     """Find the codec: (folder, fingerprint). Raises PipelineError where there is none or it does not fit."""
     with blaming(f"--audio_tokenizer {name}: no codec there"):
-        folder = Path(name if os.path.exists(name) else snapshot_download(name))
+        folder = local(name)
         codec = json.loads((folder / "config.json").read_text())
         weights = fingerprint([folder / "config.json", folder / "model.pth"])
     codebooks, size = codec.get("n_q", 8), codec.get("bins", 1024)  # the defaults of HiggsAudioTokenizer
@@ -177,62 +185,48 @@ def attach(model, r, alpha, dropout, seed):
                                             target_modules=TARGET_MODULES))
 
 
-def take_text_head(model):
+def take_text_head(base):
     """Remove the text head from the forward and return it: outputs.logits become the hidden states.
 
     Upstream would multiply every position, most of them audio, with the whole vocabulary (128,256 columns).
     """
-    projector = model.get_base_model().audio_decoder_proj
+    projector = base.audio_decoder_proj
     head, projector.text_lm_head = projector.text_lm_head, torch.nn.Identity()
     return head
 
 
+def base_dtype(args, device):
+    """What the frozen base is held and computed in; the adapter is float32 in both."""
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def build_model(args, device):
     """The base with LoRA, as `args` say, ready to train: (model, the text head that was taken out of it)."""
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    base = load_base(args.base_ckpt, torch.bfloat16 if bf16 else torch.float32, device)
+    base = load_base(args.base_ckpt, base_dtype(args, device), device)
+    text_head = take_text_head(base)
     model = attach(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
-    text_head = take_text_head(model)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):  # autocast gives lora_A bfloat16: no float32 copies of its inputs
+            module.cast_input_dtype_enabled = False
     for layer in base.layers if args.gradient_checkpointing else ():  # they ignore transformers' own switch
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     return model.train(), text_head
 
 
-def open_output(output_dir, wanted):
-    """Claim the folder; find the checkpoint to resume from (`wanted`: auto, path, None)."""
-    with blaming(f"--output_dir {output_dir} cannot be written, or another run is training into it"):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(output_dir / "lock", os.O_CREAT | os.O_RDWR)  # never closed: the kernel frees it when
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process ends, however that happens
-    found, finished = checkpoints(output_dir), (output_dir / "adapter_model.safetensors").exists()
-    if wanted == "auto" and (found or not finished):
-        return found[-1] if found else None
-    newest = wanted and (not found or found[-1].resolve() == Path(wanted).resolve())
-    if finished or found and not newest:
-        raise PipelineError(f"--output_dir {output_dir} already holds an adapter or checkpoints; choose "
-                            "another or, from a checkpoint, go on with --resume_from_checkpoint auto")
-    return wanted and Path(wanted)
+def forward(model, batch, text_head):
+    """(outputs, batch) on the text head's device; a bfloat16 base computes float32 adapters in bfloat16."""
+    device, bf16 = text_head.weight.device, text_head.weight.dtype == torch.bfloat16
+    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        return model(**batch), batch
 
 
-def checkpoints(output_dir):
-    """The checkpoint folders in `output_dir`, oldest first."""
-    found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name[11:].isdecimal()]
-    return sorted(found, key=lambda folder: int(folder.name[11:]))
-
-
-def read_checkpoint(folder, run):
-    """A checkpoint's state. Raises PipelineError where it is damaged, or another run's than `run`."""
-    with blaming(f"{folder} is damaged, or no checkpoint of this trainer; remove it, and "
-                 "--resume_from_checkpoint auto takes the one before"):
-        if (folder / "checksum").read_text() != fingerprint(folder / name for name in CHECKPOINT):
-            raise ValueError("its checksum differs")
-        state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
-        before = dict(state["run"], step=state["step"], optimizer=state["optimizer"])
-        state["adapter"] = load_file(folder / "adapter_model.safetensors")
-    differing = [f"{key} was {before.get(key)}, is {run[key]}" for key in run if before.get(key) != run[key]]
-    if differing:
-        raise PipelineError(f"{folder} belongs to another run: " + "; ".join(differing))
-    return state
+def distribute(model):
+    """`model` under DDP, with rank 0's adapter: DDP itself would send the whole frozen base (init_sync)."""
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+        dist.broadcast(parameter.data, src=0)
+    return DDP(model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
 
 
 def build_optimizer(model, args, total, state):
@@ -249,52 +243,58 @@ def build_optimizer(model, args, total, state):
     return parameters, optimizer, schedule
 
 
-def save_checkpoint(output_dir, model, optimizer, run, keep, step):
-    """Write checkpoint-<step> whole or not at all, then remove all but the newest `keep`."""
-    unfinished, whole = output_dir / "unfinished", output_dir / f"checkpoint-{step}"
+def load_adapter(base, name):
+    """`base` with adapter `name` on it. PipelineError where that is damaged, or of another base or rank."""
+    with blaming(f"--adapter {name}: no LoRA adapter there, or a damaged one"):
+        folder = local(name)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        model = PeftModel(base, LoraConfig.from_pretrained(folder)).eval()
+    found, expected = ({name: tuple(tensor.shape) for name, tensor in state.items()}
+                       for state in (tensors, get_peft_model_state_dict(model)))
+    differing = [f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'none')}"
+                 for key in sorted(found.keys() | expected.keys()) if found.get(key) != expected.get(key)]
+    if differing:
+        raise PipelineError(f"--adapter {name} is damaged, or another base's; {len(differing)} tensors do "
+                            f"not fit: {differing[0]}")
+    if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise PipelineError(f"--adapter {name} holds numbers that are not finite, in {broken[0]}")
+    set_peft_model_state_dict(model, tensors)
+    return model
+
+
+def merge(base_ckpt, adapter, output_dir, dtype):
+    """Write base and adapter as one checkpoint like the base's own, whole or not at all. dtype None: its own.
+
+    Memory: one copy of the model and one shard. PEFT adds a float32 product to each weight: rounded once.
+    """
+    own = open_base(base_ckpt)[0].torch_dtype or torch.float32
+    dtype = getattr(torch, dtype) if dtype else own
+    if output_dir.exists():
+        raise PipelineError(f"--output_dir {output_dir} is there already; choose another, or remove it")
+    with (blaming(f"--output_dir {output_dir} cannot be written"),
+          tempfile.TemporaryDirectory(dir=output_dir.absolute().parent, prefix="unfinished_") as folder):
+        unfinished = Path(folder) / "merged"  # tokenizer, generation config, licence: all but the weights
+        shutil.copytree(local(base_ckpt), unfinished, ignore=shutil.ignore_patterns(
+            ".*", "*.safetensors", "*.bin", "*.pth", "*.index.json"))
+        base = load_base(base_ckpt, torch.promote_types(own, dtype), "cpu")
+        model = load_adapter(base, adapter).merge_and_unload().to(dtype)
+        model.save_pretrained(unfinished)
+        unfinished.rename(output_dir)
+    print(f"{output_dir}: base and adapter as one checkpoint in {dtype}; load it as you load the base")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    command = parser.add_subparsers(required=True, metavar="merge").add_parser("merge")
+    command.add_argument("--base_ckpt", required=True, help="the base that the adapter was trained on")
+    command.add_argument("--adapter", required=True, help="trainer.py's --output_dir, or a checkpoint in it")
+    command.add_argument("--output_dir", type=Path, required=True, help="a new folder for the whole model")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the base's")
     try:
-        with blaming(f"{whole} cannot be written; those before it are whole: make room, and go on with "
-                     "--resume_from_checkpoint auto"):
-            model.save_pretrained(str(unfinished), save_embedding_layers=False)
-            torch.save(dict(run=run, step=step, optimizer=optimizer.state_dict()["state"]),
-                       unfinished / "trainer_state.pt")
-            (unfinished / "checksum").write_text(fingerprint(unfinished / name for name in CHECKPOINT))
-            os.sync()  # all of it on the disk before it has its name
-            unfinished.rename(whole)
-            for folder in checkpoints(output_dir)[:-keep]:
-                shutil.rmtree(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        merge(**vars(parser.parse_args()))
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
 
 
-def publish(checkpoint, output_dir):
-    """Copy a checkpoint's adapter to where the final one belongs, each file whole or not at all."""
-    with blaming(f"the adapter of {checkpoint} cannot be copied to --output_dir; make room and start again"):
-        for name in CHECKPOINT[:2]:
-            shutil.copy(checkpoint / name, output_dir / f"{name}.unfinished")
-            os.replace(output_dir / f"{name}.unfinished", output_dir / name)
-
-
-def open_board(output_dir, step):
-    """TensorBoard's writer; and takes out of metrics.jsonl what a killed run had written after `step`."""
-    file, kept = output_dir / "metrics.jsonl", output_dir / "metrics.unfinished"
-    with blaming(f"--output_dir {output_dir} cannot be written"):
-        lines = file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else []
-        steps = [re.match(r'{"step": (\d+), .*}\n', line) for line in lines]  # None of a torn line
-        kept.write_text("".join(found[0] for found in steps if found and int(found[1]) <= step))
-        kept.replace(file)
-        return SummaryWriter(output_dir / "runs", purge_step=step + 1)
-
-
-def report(output_dir, board, losses, metrics):
-    """Add a line to metrics.jsonl and points to TensorBoard. losses: the text's, then each codebook's."""
-    audio_loss = sum(codebooks := losses[1:]) / len(codebooks)
-    metrics |= {"loss": losses[0] + audio_loss, "text_loss": losses[0], "audio_loss": audio_loss}
-    curves = metrics | {f"codebook_{k}": loss for k, loss in enumerate(codebooks)}
-    line = metrics | {"audio_loss_per_codebook": codebooks}
-    with blaming(f"--output_dir {output_dir} cannot be written"):
-        with open(output_dir / "metrics.jsonl", "a") as stream:
-            stream.write(re.sub("-?(NaN|Infinity)", "null", json.dumps(line)) + "\n")  # JSON has neither
-        for name in curves.keys() - {"step"}:
-            board.add_scalar(name, curves[name], metrics["step"])
-        board.flush()
+if __name__ == "__main__":
+    main()

@@ -20,19 +20,19 @@ import sys
 import threading
 import time
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import dataset
 import lora
+import output
 from dataset import PipelineError
+
 HALT = 3  # so many steps in a row that could not be applied end the run
 
 
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, default=0.05)
     add = parser.add_argument_group("optimization").add_argument
     add("--batch_size", type=int, default=2, help="samples of one forward")
-    add("--max_tokens", type=int, help="cut by positions, with padding, instead; a longer sample runs alone")
+    add("--max_tokens", type=int, help="its positions instead (default: on a GPU what fits; 0: no limit)")
     add("--grad_accum", type=int, default=8, help="a step takes batch_size x grad_accum x ranks samples")
     add("--lr", type=float, default=2e-4)
     add("--epochs", type=int, default=2)
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--resume_from_checkpoint", help="a folder, or auto: the newest in --output_dir, if any")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        low = 1 if type(value) is int and name not in ("seed", "num_workers") else 0
+        low = 1 if type(value) is int and name not in ("seed", "num_workers", "max_tokens") else 0
         high = 1 if name in ("lora_dropout", "warmup_ratio") else math.inf
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"--{name} is {value}; expected {low} or more" + ", at most 1" * (high == 1))
@@ -139,49 +139,56 @@ def loss_sums(outputs, batch, counts, text_head):
     return torch.cat([text_sum[None], losses.view(labels.shape).sum(0)])
 
 
-def compute_gradients(model, text_head, micro_batches, counts, halt):
+def compute_gradients(model, text_head, micro_batches, halt):
     """Forward and backward over a step's micro-batches; the last one also averages the gradients over ranks.
 
-    counts: the step's labels over all ranks, (1 + num_codebooks,). Returns this rank's loss sums, likewise,
-    still on the device; or None, where a rank's `halt` (see main) made all agree to stop before the last one.
+    Returns (this rank's loss sums, still on the device, (1 + num_codebooks,); counts over all ranks, as
+    StepDataset gives them), or None: a rank's `halt` (see main) made all agree to stop before the last one.
     """
-    device, dtype = text_head.weight.device, text_head.weight.dtype
-    sums = torch.zeros(len(counts), device=device)
-    weights = (dist.get_world_size() / counts.clamp(min=1)).to(device)  # DDP averages over ranks: undo it
-    weights[1:] /= len(counts) - 1
+    counts = sum(counts for _, counts in micro_batches)  # (num_codebooks + 4,)
+    dist.all_reduce(counts)  # on the CPU
+    weights = dist.get_world_size() / counts[:-3].clamp(min=1)  # DDP averages over ranks: undo it
+    weights[1:] /= len(weights) - 1
+    weights = weights.to(text_head.weight.device, non_blocking=True)  # the default waits for the whole GPU
+    sums = torch.zeros_like(weights)
     for i, (batch, own_counts) in enumerate(micro_batches):
         last, asked = i == len(micro_batches) - 1, halt.max()
         if last:
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         if asked >= HALT:
             continue
-        batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
         with contextlib.nullcontext() if last else model.no_sync():
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                outputs = model(**batch)
-                losses = loss_sums(outputs, batch, own_counts, text_head)
+            losses = loss_sums(*lora.forward(model, batch, text_head), own_counts, text_head)
             loss = (losses * weights).sum()
             loss.backward(1 + 0 * loss.detach())  # not finite, it makes the gradients so, on all ranks
         sums += losses.detach()
-    return None if asked >= HALT else sums
+    return None if asked >= HALT else (sums, counts)
 
 
 def rehearse(model, text_head, data, lengths):
     """Forward and backward of the largest micro-batch, twice, no update: out-of-memory shows now.
 
-    In its second forward DDP lays out its buckets anew: later, ranks with more micro-batches than others
-    would wait for them there, and a resumed run would add up in another order. Returns the counts.
+    Twice, for DDP's second forward lays out its buckets anew: later, ranks with more micro-batches would wait
+    there, and a resumed run would add up in another order. Returns the counts. On a GPU, sets --max_tokens
+    where it was not given: the power of two up to 16384 that 3/4 of the free memory hold, as measured here.
     """
+    if on_gpu := text_head.weight.is_cuda:
+        torch.cuda.reset_peak_memory_stats()  # the codec's
     samples = dataset.cut(zip(lengths, range(len(lengths))), data.batch_size, data.max_tokens)
     largest = [i for _, i in max(samples, key=lambda samples: len(samples) * samples[0][0])]
     batch, counts = max(data[largest, True], key=lambda micro_batch: micro_batch[1][-1])
     try:
         for _ in range(2):
-            compute_gradients(model, text_head, [(batch, counts)], counts[:-3], torch.zeros(1))
+            compute_gradients(model, text_head, [(batch, counts)], torch.zeros(1))
     except torch.OutOfMemoryError:
         raise PipelineError(f"out of memory on {counts[-1]} positions of entries {largest}; drop the longest,"
                             " try --gradient_checkpointing, smaller --batch_size or --max_tokens") from None
     model.zero_grad()
+    if on_gpu and data.max_tokens is None:
+        taken = (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()) / counts[-1].item()
+        torch.cuda.empty_cache()
+        data.max_tokens = 2 ** int(math.log2(min(0.75 * torch.cuda.mem_get_info()[0] / taken, 16_384)))
+        return rehearse(model, text_head, data, lengths)
     return counts
 
 
@@ -217,32 +224,28 @@ def main(args):
     store, device, rank, world_size = join_ranks()
     # Reasons to stop, from HALT on: a signal; steps in a row not applied (counted and copied by the device)
     catch_signals(halt := torch.tensor([-1, 0], pin_memory=device.type == "cuda"))
-    resumed = on_rank_0(lora.open_output, args.output_dir, args.resume_from_checkpoint)
+    resumed = on_rank_0(output.open_output, args.output_dir, args.resume_from_checkpoint)
     entries, clips, codec, tokenizer, collator, run = on_all_ranks(lora.open_inputs, args, device)
     run["samples_per_step"] = samples_per_step = args.batch_size * args.grad_accum * world_size
     steps_per_epoch = -(-len(entries) // samples_per_step)
     total = args.max_steps or args.epochs * steps_per_epoch
-    state = on_all_ranks(lora.read_checkpoint, resumed, run) if resumed else {"step": 0}
-    first = state["step"]
-    if first >= total:
-        on_rank_0(lora.publish, resumed, args.output_dir)  # killed just before that, it would be missing
+    state = on_all_ranks(output.read_checkpoint, resumed, run) if resumed else {"step": 0}
+    if (first := state["step"]) >= total:
+        on_rank_0(output.publish, resumed, args.output_dir)  # killed just before that, it would be missing
         return on_rank_0(print, f"finished before: {first} steps, the adapter is in {args.output_dir}")
     encode_missing(list(clips.values()), codec, device, args.num_workers, store)
-    lengths, _ = on_all_ranks(dataset.measure, entries, clips, collator)
+    lengths, frames = on_all_ranks(dataset.measure, entries, clips, collator)
     data = dataset.StepDataset(entries, clips, tokenizer, collator, args.batch_size, args.max_tokens)
     model, text_head = on_all_ranks(lora.build_model, args, device)
     parameters, optimizer, schedule = lora.build_optimizer(model, args, total, state)
-    for parameter in parameters:  # DDP itself would send the whole frozen base (init_sync)
-        dist.broadcast(parameter.data, src=0)
-    model = DDP(model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+    model = lora.distribute(model)
     rehearse(model, text_head, data, lengths)
     deal = functools.partial(dataset.deal_steps, lengths, samples_per_step, args.seed, rank, world_size)
-    loader = DataLoader(data, batch_size=None, sampler=deal(range(first, total)),
-                        num_workers=args.num_workers, pin_memory=device.type == "cuda",
-                        worker_init_fn=dataset.ignore_signals)
-    board = lora.open_board(args.output_dir, first) if rank == 0 else None
-    save = functools.partial(on_rank_0, lora.save_checkpoint, args.output_dir, model.module, optimizer, run,
-                             args.save_total_limit)
+    loader = DataLoader(data, batch_size=None, sampler=deal(range(first, total)), pin_memory=halt.is_pinned(),
+                        num_workers=args.num_workers, worker_init_fn=dataset.ignore_signals)
+    board = output.open_board(args.output_dir, first) if rank == 0 else None
+    save = functools.partial(on_rank_0, output.save_checkpoint, args.output_dir, model.module, optimizer, run,
+                             output.describe(args, entries, frames, run, total), args.save_total_limit)
     halt[0], (in_a_row, skipped) = 0, torch.zeros(2, dtype=torch.int64, device=device)
     bar = tqdm(range(first + 1, total + 1), "training", initial=first, total=total, disable=rank > 0)
     batches, since, waited, seen, done = iter(loader), time.perf_counter(), 0.0, 0, first
@@ -250,26 +253,22 @@ def main(args):
         waited -= time.perf_counter()
         micro_batches = next(batches)
         waited += time.perf_counter()
-        counts = sum(counts for _, counts in micro_batches)  # (num_codebooks + 4,)
-        dist.all_reduce(counts)
         # Dropout follows from these three alone: no generator state to save, and resuming is exact
         torch.manual_seed(hash((args.seed, step, rank)))  # of integers: the same in every process
-        if (sums := compute_gradients(model, text_head, micro_batches, counts[:-3], halt)) is None:
+        if (result := compute_gradients(model, text_head, micro_batches, halt)) is None:
             break
-        norm, done = update(optimizer, schedule, parameters, args.max_grad_norm), step
+        (sums, counts), done = result, step
+        norm = update(optimizer, schedule, parameters, args.max_grad_norm)
         in_a_row = (in_a_row + 1) * (~norm.isfinite() | (in_a_row >= HALT))
         halt[1:].copy_(in_a_row, non_blocking=True)
         skipped, seen = skipped + ~norm.isfinite(), seen + counts[-3:]
         if step % args.logging_steps == 0 or step == total:
             dist.all_reduce(sums)
             losses = sums.cpu() / counts[:-3].clamp(min=1)  # CPU-GPU sync point
-            took, (samples, positions, padded) = time.perf_counter() - since, seen.tolist()
-            peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024  # bytes
-            on_rank_0(lora.report, args.output_dir, board, losses.tolist(), {
-                "step": step, "epoch": step / steps_per_epoch, "lr": schedule.get_last_lr()[0],
-                "grad_norm": norm.item(), "skipped_steps": skipped.item(), "samples_per_s": samples / took,
-                "tokens_per_s": positions / took, "padding": 1 - positions / padded,
-                "data_wait": waited / took, "max_memory_gb": peak / 1e9})
+            on_rank_0(output.report, args.output_dir, board, losses.tolist(), seen.tolist(), waited,
+                      time.perf_counter() - since, {
+                          "step": step, "epoch": step / steps_per_epoch, "lr": schedule.get_last_lr()[0],
+                          "grad_norm": norm.item(), "skipped_steps": skipped.item()})
             bar.set_postfix(loss=f"{losses[0] + losses[1:].mean():.3f}")
             since, waited, seen = time.perf_counter(), 0.0, 0
         if (step % args.save_steps == 0 or step == total) and in_a_row < HALT:
@@ -277,24 +276,25 @@ def main(args):
     bad = range(done - int(in_a_row * (in_a_row >= HALT)), done)
     if first < bad.start < total and bad.start % args.save_steps:
         save(bad.start)
-    if bad:
-        on_all_ranks(dataset.refuse, "loss or gradient not finite, no step applied; lower --lr, or look at",
-                     [(f"step {step + 1}", f"entries {share}") for step, (share, _) in zip(bad, deal(bad))])
+    on_all_ranks(dataset.refuse, "loss or gradient not finite, no step applied; lower --lr, or look at",
+                 [(f"step {step + 1}", f"entries {share}") for step, (share, _) in zip(bad, deal(bad))])
     if done < total:
         return on_rank_0(print, f"stopped at step {done}; --resume_from_checkpoint auto goes on")
-    on_rank_0(lora.publish, args.output_dir / f"checkpoint-{total}", args.output_dir)
+    on_rank_0(output.publish, args.output_dir / f"checkpoint-{total}", args.output_dir)
     on_rank_0(print, f"done: {total} steps, the adapter is in {args.output_dir}")
 
 
-# Workers ignore the SIGTERM after which Python would wait for them, whatever it exits for
-atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
+@atexit.register
+def leave():
+    """At any end: the group's threads could abort the process, its workers ignore Python's SIGTERM."""
+    dist.destroy_process_group() if dist.is_initialized() else None
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each that is killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
 
 if __name__ == "__main__":
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks, and tokenizers warns of each
     try:
         main(parse_args())
     except PipelineError as error:  # a worker's comes with its traceback
         sys.exit("error: " + str(error).rpartition("PipelineError: ")[2])
-    finally:
-        if dist.is_initialized():  # its threads would abort the process, now and then
-            dist.destroy_process_group()

@@ -4,39 +4,35 @@
                                               offline, without a GPU, in under three minutes
     python validate_pipeline.py --keep DIR    the same; checkpoint, codec, clips and manifest stay in DIR
     python validate_pipeline.py --train_manifest M --base_ckpt B [any other option of trainer.py]
-                                              preflight: tells what M holds and what is suspicious in it, and
-                                              runs the largest micro-batch; encodes its clips for the training
+                                              preflight: what M holds, what is suspicious or too large in it
+    python validate_pipeline.py --base_ckpt B --adapter O [O/checkpoint-N ...] [--train_manifest M]
+                                              losses of base and adapters on M, wav files of its first entry
 """
 
 import argparse
 import collections
-import contextlib
-import os
-import resource
-import subprocess
 import sys
-import tempfile
 import time
 import unicodedata
 from pathlib import Path
 
 import librosa
 import numpy as np
+import soundfile
 import torch
-from torch.nn.parallel import DistributedDataParallel
+from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
+from loguru import logger
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import dataset
 import lora
+import output
 import trainer
 from dataset import PipelineError
 from tests import acceptance
 
 FRAME_RATE, SAMPLE_RATE = 25, 24_000  # the codec's, 1/s
-READY = """torchrun --nproc_per_node=8 trainer.py --train_manifest train.json --output_dir out \\
-    --base_ckpt bosonai/higgs-audio-v2-generation-3B-base \\
-    --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"""
 
 
 def tell(name, text):
@@ -89,8 +85,7 @@ def describe_steps(lengths, args):
         steps = range(-(-len(lengths) // size))
         shares = [[(lengths[i], i) for i in share] for rank in range(ranks)
                   for share, _ in dataset.deal_steps(lengths, size, args.seed, rank, ranks, steps)]
-        batches = [batch for share in shares
-                   for batch in dataset.cut(share, args.batch_size, args.max_tokens)]
+        batches = [cut for share in shares for cut in dataset.cut(share, args.batch_size, args.max_tokens)]
         padded[ranks] = sum(len(batch) * batch[0][0] for batch in batches)
         padding = 1 - sum(length for batch in batches for length, _ in batch) / padded[ranks]
         tell(f"{ranks} GPU{'s' * (ranks > 1)}", f"{len(steps):,} optimizer steps an epoch of {size} samples; "
@@ -103,10 +98,9 @@ def show_targets(data, tokenizer):
     [(batch, counts)] = data[[0], True]
     ids, labels = batch["input_ids"][0], batch["label_ids"][0]
     start = (labels != -100).nonzero()[0, 0]
-    clip = torch.tensor(data.collator.audio_out_token_id)
-    answer = ids[start:][(labels[start:] != -100) | (ids[start:] == clip)]
+    reply = ids[start:][(labels[start:] != -100) | (ids[start:] == data.collator.audio_out_token_id)]
     tell("entry 0", f"is given {tokenizer.decode(ids[:start])!r}")
-    tell("", f"and trained on {tokenizer.decode(answer)!r}: {counts[0]} labels of text, {counts[1]} in each "
+    tell("", f"and trained on {tokenizer.decode(reply)!r}: {counts[0]} labels of text, {counts[1]} in each "
              f"of {len(counts) - 4} codebooks")
 
 
@@ -142,10 +136,8 @@ def suspect(entries, clips, frames, num_workers):
 
 def last_hidden(model, text_head, batch):
     """The hidden state of the last position, (hidden,) in float32."""
-    device, bf16 = text_head.weight.device, text_head.weight.dtype == torch.bfloat16
-    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        return model(**batch).logits[0, -1].float()
+    with torch.no_grad():
+        return lora.forward(model, batch, text_head)[0].logits[0, -1].float()
 
 
 def check_heard(model, text_head, data):
@@ -172,26 +164,22 @@ def check_heard(model, text_head, data):
 
 def try_largest(model, text_head, data, lengths, padded):
     """Forward and backward of the largest micro-batch: its memory, and time per epoch from that."""
-    model = DistributedDataParallel(model, broadcast_buffers=False)
+    model = lora.distribute(model)
     trainer.rehearse(model, text_head, data, lengths)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # of the codec's
     began = time.perf_counter()
     counts = trainer.rehearse(model, text_head, data, lengths)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     took = (time.perf_counter() - began) / 2  # it runs twice
-    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     tell("largest", f"micro-batch: {counts[-3]} samples, {counts[-1]:,} positions with padding; {took:.2f} s "
-                    f"forward and backward, {peak / 1e9:.2f} GB peak memory")
+                    f"forward and backward, {output.peak_memory() / 1e9:.2f} GB peak memory")
     for ranks, positions in padded.items():
         hours = took / counts[-1] * positions / ranks / 3600
         tell("estimate", f"{hours:.2f} hours an epoch on {ranks} GPU{'s' * (ranks > 1)} like this device")
 
 
-def preflight(args):
+def preflight(args, store, device):
     """What trainer.py would do with the user's own data. Raises PipelineError where that would."""
-    store, device, _, _ = trainer.join_ranks()
     entries, clips, codec, tokenizer, collator, _ = lora.open_inputs(args, device)
     trainer.encode_missing(list(clips.values()), codec, device, args.num_workers, store)
     lengths, frames = dataset.measure(entries, clips, collator)
@@ -211,36 +199,101 @@ def preflight(args):
     print("ready for trainer.py with the same options")
 
 
-def accept(keep):
-    """Build, train and check everything in the folder `keep`, or in a temporary one."""
-    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder).resolve()
-        hub = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        if not hub.items() <= os.environ.items():  # huggingface_hub reads them once, when it is imported
-            if any(folder.glob("*")):
-                sys.exit(f"--keep {folder} is not empty; choose another folder")
-            sys.exit(subprocess.call([sys.executable, __file__, "--keep", folder], env=os.environ | hub))
-        if failed := acceptance.validate(folder):
-            sys.exit(f"FAILED: {', '.join(failed)}")
-    print("🎉 ALL VALIDATION TESTS PASSED!")
-    print("📋 Ready for training with torchrun command...")
-    print(READY)
+def open_comparison(args, store, device):
+    """StepDataset of the manifest's first 50 entries; without a manifest of one sentence."""
+    if args.train_manifest.name:
+        entries, clips, codec, tokenizer, collator, _ = lora.open_inputs(args, device)
+        clips = {name: clip for name, clip in clips.items() if clip[1][0] < 50}
+        trainer.encode_missing(list(clips.values()), codec, device, args.num_workers, store)
+    else:
+        config, tokenizer, _ = lora.open_base(args.base_ckpt)
+        collator, clips = lora.build_collator(config, args.whisper_processor, False), {}
+        entries = [{"messages": [{"role": "user", "content": [{"text": "When does the sun rise?"}]},
+                                 {"role": "assistant", "content": [{"text": "In the morning."}]}]}]
+    return dataset.StepDataset(entries[:50], clips, tokenizer, collator, args.batch_size, None)
+
+
+def answer(model, text_head, data):
+    """Teacher-forced: mean losses of text, audio and each codebook; logits of the shortest entries, flat."""
+    sums = counts = 0
+    with torch.no_grad():
+        for batch, own_counts in data[range(len(data.entries)), True]:
+            outputs, batch = lora.forward(model, batch, text_head)
+            sums = sums + trainer.loss_sums(outputs, batch, own_counts, text_head).cpu()
+            counts = counts + own_counts[:-3]
+    logits = text_head(outputs.logits[:, -64:]).flatten(), outputs.audio_logits.flatten()
+    means = sums / counts.clamp(min=1)
+    return torch.cat([means[:1], means[1:].mean(0, keepdim=True), means[1:]]), torch.cat(logits).float()
+
+
+def speak(args, adapter, data, device):
+    """Write entry 0 as base and adapter speak it, by HiggsAudioServeEngine at one seed, and its target."""
+    logger.disable("boson_multimodal")  # it tells each of its steps
+    with dataset.blaming(f"--audio_tokenizer {args.audio_tokenizer}: upstream's engine cannot load it"):
+        engine = HiggsAudioServeEngine(args.base_ckpt, args.audio_tokenizer, device=device.type,
+                                       torch_dtype=lora.base_dtype(args, device))
+    engine.collator.return_audio_in_tokens = data.collator.return_audio_in_tokens
+    turns, waves = data.entries[0]["messages"], {}
+    reply = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    for name in ("base", "adapter"):
+        if name == "adapter":
+            engine.model.decode_graph_runners.clear()  # on a GPU they have captured the base
+            engine.model = lora.load_adapter(engine.model, adapter)
+        try:
+            waves[name] = engine.generate({"messages": turns[:reply]}, 1024, seed=args.seed).audio
+        except IndexError:  # upstream's way to say that no audio came out
+            tell(name, "emits no audio")
+    for _, _, clip in dataset.clips_of({"messages": turns[reply:]}):
+        codes = torch.tensor(dataset.load_codes(data.clips[clip][0]), dtype=torch.long)  # (num_codebooks, T)
+        waves["target"] = engine.audio_tokenizer.decode(codes[None].to(device))[0, 0]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, wave in waves.items():
+        soundfile.write(args.output_dir / f"{name}.wav", wave, SAMPLE_RATE)
+        tell(name, f"{args.output_dir / name}.wav, {len(wave) / SAMPLE_RATE:.1f} s")
+
+
+def compare(args, store, device, adapters):
+    """Losses of base and adapters; that the last is heard, and merges well; with a manifest, wav files."""
+    data = open_comparison(args, store, device)
+    base = lora.load_base(args.base_ckpt, lora.base_dtype(args, device), device)
+    text_head = lora.take_text_head(base)
+    answers = {"base": answer(base, text_head, data)}
+    for name in adapters:
+        model = lora.load_adapter(base, name)
+        answers[name] = answer(model, text_head, data)
+        model.unload()
+    merged = lora.load_adapter(base, adapters[-1]).merge_and_unload()
+    answers["merged"] = answer(merged, text_head, data)
+    tell("losses", f"of {len(data.entries)} entries, teacher-forced: text, audio, codebooks 0 to 7")
+    for name, (losses, _) in answers.items():
+        tell("", " ".join(f"{loss:7.3f}" for loss in losses) + f"  {name}")
+    tell("best", f"{min(adapters, key=lambda name: answers[name][0][:2].sum())}, by text and audio loss")
+    expected = answers[adapters[-1]][1]  # flat logits
+    changed, rounded = (((answers[name][1] - expected).norm() / expected.norm()).item()
+                        for name in ("base", "merged"))
+    tell("logits", f"the adapter changes them by {changed:.1%}, merging it by {rounded:.1e}")
+    if not changed:
+        raise PipelineError(f"{adapters[-1]} changes nothing: its B is zero, or it was not loaded")
+    if rounded > min(100 * torch.finfo(base.dtype).eps, 0.1):
+        raise PipelineError(f"merged, {adapters[-1]} is another: that is more than {base.dtype} rounds")
+    if args.train_manifest.name:
+        del base, model, merged  # the engine loads its own
+        speak(args, adapters[-1], data, device)
 
 
 def main():
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks, and tokenizers warns of each
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="new or empty, to leave everything in")
-    args, options = parser.parse_known_args()
+    parser.add_argument("--adapter", nargs="+", default=[], help="trainer.py's --output_dir, or checkpoints")
+    own, options = parser.parse_known_args()
     if not options:
-        return accept(args.keep)
+        return acceptance.accept(own.keep)
     try:
-        preflight(trainer.parse_args(["--output_dir", "unused", *options]))
+        args = trainer.parse_args(["--train_manifest=", "--output_dir=listen", *options])
+        store, device, _, _ = trainer.join_ranks()
+        compare(args, store, device, own.adapter) if own.adapter else preflight(args, store, device)
     except PipelineError as error:
         sys.exit(f"to fix first:\n{error}")
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

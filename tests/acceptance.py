@@ -8,8 +8,10 @@ import dataclasses
 import inspect
 import io
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +33,9 @@ from tests import tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+READY = """torchrun --nproc_per_node=8 trainer.py --train_manifest train.json --output_dir out \\
+    --base_ckpt bosonai/higgs-audio-v2-generation-3B-base \\
+    --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"""
 OVERFIT = ["--lora_dropout", "0", "--lr", "5e-3", "--grad_accum", "1", "--save_total_limit", "9"]
 
 
@@ -141,7 +146,7 @@ def check_dual_loss(lab):
     with torch.no_grad():
         expected = loss_in_float64(lab.model(**batch), batch)
         model = lora.attach(lora.load_base(lab.folder / "model", torch.float32, "cpu"), 4, 8, 0.0, seed=0)
-        head = lora.take_text_head(model)
+        head = lora.take_text_head(model.get_base_model())
         means = trainer.loss_sums(model(**batch), batch, counts, head) / counts[:-3]
     error = abs((means[0] + means[1:].mean()).item() / expected - 1)
     return error < 1e-6, f"{expected:.6f} in float64, relative error {error:.1e}"
@@ -237,3 +242,19 @@ def validate(folder):
         print(f"{'pass' if passed else 'FAIL'}  {name}: {figure}", flush=True)
         failed += [] if passed else [name]
     return failed
+
+
+def accept(keep):
+    """Build, train and check everything in the folder `keep`, or in a temporary one."""
+    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder).resolve()
+        hub = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        if not hub.items() <= os.environ.items():  # huggingface_hub reads them once, when it is imported
+            if any(folder.glob("*")):
+                sys.exit(f"--keep {folder} is not empty; choose another folder")
+            sys.exit(subprocess.call([sys.executable, sys.argv[0], "--keep", folder], env=os.environ | hub))
+        if failed := validate(folder):
+            sys.exit(f"FAILED: {', '.join(failed)}")
+    print("🎉 ALL VALIDATION TESTS PASSED!")
+    print("📋 Ready for training with torchrun command...")
+    print(READY)

@@ -1,15 +1,18 @@
 """The trainer's step against the obvious loop: same samples, same codes, same update, alternating, medians.
 
     python tests/benchmark.py [--shape tiny|medium|released] [--json] [--repetitions 3] [trainer.py's options]
-    torchrun --nproc_per_node=2 tests/benchmark.py ...     also what the ranks' own work adds to a step
+    torchrun --nproc_per_node=2 tests/benchmark.py ...     what the ranks' own work adds; no reference then
 
 reference: micro-batches of batch_size in file order, text logits at every position in float32, PEFT as it is.
-ours: lora.build_model and trainer.compute_gradients, on a step that StepDataset has cut.
+ours: lora.build_model and trainer.compute_gradients, on a step that StepDataset has cut in a DataLoader.
 Memory is what a step takes above the loaded model: peak RSS on a CPU, the allocator's peak on a GPU.
 """
 
 import argparse
 import contextlib
+import ctypes
+import gc
+import itertools
 import json
 import os
 import statistics
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -103,17 +106,23 @@ def reset_memory(device):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else pages that were freed count as in use
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     return peak_memory(device)
 
 
 def timed(function, device):
-    """(result, seconds, bytes above what was in use)."""
-    before, began = reset_memory(device), time.perf_counter()
+    """(result, seconds of the slowest rank, bytes above what was in use)."""
+    before = reset_memory(device)
+    dist.barrier()
+    began = time.perf_counter()
     result = function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return result, time.perf_counter() - began, peak_memory(device) - before
+    took, peak = torch.tensor(time.perf_counter() - began), peak_memory(device) - before
+    dist.all_reduce(took, dist.ReduceOp.MAX)
+    return result, took.item(), peak
 
 
 def where_it_goes(step, rank_r, vocab, device):
@@ -155,7 +164,7 @@ def imbalance(args, ranks=8):
 
 
 def prepare(args, shape, folder, device):
-    """This rank's step: ([[(length, sample)]] in file order, the same collated, StepDataset's cut)."""
+    """(StepDataset, this rank's samples of a step, and in file order: positions with padding, batches)."""
     make_checkpoint(folder, shape, device)
     args.base_ckpt = str(folder)
     config, tokenizer, _ = lora.open_base(folder)
@@ -166,72 +175,96 @@ def prepare(args, shape, folder, device):
     mine = list(range(rank * count, (rank + 1) * count))
     samples = [data.sample(i) for i in mine]
     in_order = [samples[i : i + args.batch_size] for i in range(0, count, args.batch_size)]
-    return in_order, [data.collate(*zip(*batch), True) for batch in in_order], data[mine, True]
+    padded = sum(len(batch) * max(length for length, _ in batch) for batch in in_order)
+    return data, mine, padded, [data.collate(*zip(*batch), True) for batch in in_order]
 
 
-def measure(args, shape, repetitions):
-    """{figure: value} of one optimizer step, both ways, alternating."""
-    _, device, _, world_size = trainer.join_ranks()
-    with tempfile.TemporaryDirectory() as folder:
-        in_order, obvious, cut = prepare(args, shape, Path(folder), device)
-        model, text_head = lora.build_model(args, device)
-        plain = lora.attach(lora.load_base(args.base_ckpt, text_head.weight.dtype, device), args.lora_r,
-                            args.lora_alpha, args.lora_dropout, args.seed).train()
-    counts = sum(counts for _, counts in cut)
-    dist.all_reduce(counts)
-    ours, theirs = (DDP(m, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True)
-                    for m in (model, plain))
+def our_steps(args, data, mine, device, waits):
+    """(a step as trainer.main takes it, its forward and backward alone, the text head's width)."""
+    model, text_head = lora.build_model(args, device)
     parameters, optimizer, schedule = lora.build_optimizer(model, args, 10**6, {"step": 0})
-    _, their_optimizer, their_schedule = lora.build_optimizer(plain, args, 10**6, {"step": 0})
-    their_parameters = [p for p in plain.parameters() if p.requires_grad]
-    go_on = torch.zeros(1)
+    model, go_on = lora.distribute(model), torch.zeros(1)
+    trainer.rehearse(model, text_head, data, [length for length, _ in map(data.sample, mine)])
+    batches = iter(DataLoader(data, batch_size=None, sampler=itertools.repeat((mine, True)),
+                              num_workers=args.num_workers, pin_memory=device.type == "cuda",
+                              worker_init_fn=dataset.ignore_signals))
+    cut = next(batches)
 
-    def our_step():
-        dist.all_reduce(own := sum(counts for _, counts in cut))
-        sums = trainer.compute_gradients(ours, text_head, cut, own[:-3], go_on)
+    def step():
+        began = time.perf_counter()
+        micro_batches = next(batches)
+        waits.append(time.perf_counter() - began)
+        sums, counts = trainer.compute_gradients(model, text_head, micro_batches, go_on)
         trainer.update(optimizer, schedule, parameters, args.max_grad_norm)
-        dist.all_reduce(sums)
+        dist.all_reduce(sums)  # from here on in logging steps alone
         losses = sums.cpu() / counts[:-3]
-        return (losses[0] + losses[1:].mean()).item()
+        return (losses[0] + losses[1:].mean()).item(), counts
 
-    def their_step():
-        loss = reference_gradients(theirs, obvious, counts[:-3])
-        trainer.update(their_optimizer, their_schedule, their_parameters, args.max_grad_norm)
-        return loss
+    def gradients_alone():
+        with model.no_sync():
+            trainer.compute_gradients(model, text_head, cut, go_on)
+        model.zero_grad()
 
-    def gradients_alone():  # forward and backward, without what the ranks do together
-        with ours.no_sync():
-            trainer.compute_gradients(ours, text_head, cut, counts[:-3], go_on)
-        ours.zero_grad()
+    return step, gradients_alone, text_head.out_features
 
-    runs = {name: [] for name in ("reference", "ours", "gradients")}
-    for i in range(repetitions + 2):  # the first two lay out buckets and caches
-        for name, step in (("reference", their_step), ("ours", our_step), ("gradients", gradients_alone)):
-            run = timed(step, device)
-            runs[name] += [run] if i >= 2 else []
-    samples, positions, padded = counts[-3:].tolist()
-    their_padded = world_size * sum(len(batch) * max(length for length, _ in batch) for batch in in_order)
-    figures = {}
-    for name, width in (("reference", their_padded), ("ours", padded)):
-        seconds = statistics.median(took for _, took, _ in runs[name])
-        figures[name] = {
-            "ms per step": 1e3 * seconds, "samples/s": samples / seconds, "positions/s": positions / seconds,
-            "padding": 1 - positions / width, "first loss": runs[name][0][0],
-            "memory above the model, GB": max(memory for *_, memory in runs[name]) / 1e9}
-    alone = statistics.median(took for _, took, _ in runs["gradients"])
+
+def reference_step(args, counts, obvious, device):
+    """The obvious loop's optimizer step, on a model of its own."""
+    base = lora.load_base(args.base_ckpt, lora.base_dtype(args, device), device)
+    plain = lora.attach(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed).train()
+    parameters, optimizer, schedule = lora.build_optimizer(plain, args, 10**6, {"step": 0})
+    model = lora.distribute(plain)
+
+    def step():
+        loss = reference_gradients(model, obvious, counts[:-3])
+        trainer.update(optimizer, schedule, parameters, args.max_grad_norm)
+        return loss, counts
+
+    return step
+
+
+def summary(runs, width):
+    """Figures of one way's runs [((loss, counts), seconds, bytes)]; width: its positions with padding."""
+    (loss, counts), _, _ = runs[0]
+    seconds, (samples, positions, _) = statistics.median(took for _, took, _ in runs), counts[-3:].tolist()
+    return {"ms per step": 1e3 * seconds, "slowest": 1e3 * max(took for _, took, _ in runs),
+            "samples/s": samples / seconds, "positions/s": positions / seconds,
+            "padding": 1 - positions / width,
+            "first loss": loss, "memory above the model, GB": max(memory for *_, memory in runs) / 1e9}
+
+
+def measure(args, shape, repetitions, folder):
+    """{way: {figure: value}} of one optimizer step; ours and, on one rank, the reference, alternating."""
+    _, device, _, world_size = trainer.join_ranks()
+    data, mine, padded, obvious = prepare(args, shape, folder, device)
+    waits = []
+    step, gradients_alone, vocab = our_steps(args, data, mine, device, waits)
+    ways = {"ours": step, "gradients alone": gradients_alone}
+    if world_size == 1:
+        ways["reference"] = reference_step(args, sum(counts for _, counts in obvious), obvious, device)
+    runs = {name: [] for name in ways}
+    for i in range(repetitions + 1):  # the first lays out buckets and caches
+        for name, function in ways.items():
+            run = timed(function, device)
+            print(f"{i}: {name} took {run[1]:.2f} s", file=sys.stderr)
+            runs[name] += [run] if i else []
+    figures = {"ours": summary(runs["ours"], runs["ours"][0][0][1][-1].item())}
+    alone = statistics.median(took for _, took, _ in runs["gradients alone"])
     figures["ours"]["beside forward and backward"] = 1 - 1e3 * alone / figures["ours"]["ms per step"]
-    if device.type == "cuda":  # 4 FLOP a parameter and position: forward, and backward to the activations
-        active = 2.8e9 if shape == "released" else sum(p.numel() for p in model.parameters())
-        for name in ("reference", "ours"):
-            flops = 4 * active * figures[name]["positions/s"] / world_size
-            figures[name]["MFU"] = flops / matmul_rate(device)
-    figures["ours over reference"] = {
-        "time": figures["ours"]["ms per step"] / figures["reference"]["ms per step"],
-        "memory": figures["ours"]["memory above the model, GB"]
-        / figures["reference"]["memory above the model, GB"], "imbalance of 8 ranks": imbalance(args)}
-    vocab = text_head.out_features
-    figures["where the time goes, reference"] = where_it_goes(their_step, args.lora_r, vocab, device)
-    figures["where the time goes, ours"] = where_it_goes(our_step, args.lora_r, vocab, device)
+    figures["ours"]["data wait"] = statistics.median(waits[1:]) / figures["ours"]["ms per step"] * 1e3
+    figures["ours"]["imbalance of 8 ranks"] = imbalance(args)
+    if "reference" in ways:
+        figures["reference"] = summary(runs["reference"], padded)
+        figures["ours over reference"] = {
+            name: figures["ours"][name] / figures["reference"][name]
+            for name in ("ms per step", "memory above the model, GB")}
+    if device.type == "cuda" and shape == "released":
+        rate = matmul_rate(device)  # 4 FLOP a parameter and position: forward, backward to the activations
+        for name in figures.keys() & ways.keys():
+            figures[name]["MFU"] = 4 * 2.8e9 * figures[name]["positions/s"] / world_size / rate
+    for name in figures.keys() & ways.keys():
+        shares = where_it_goes(ways[name], args.lora_r, vocab, device)
+        figures[f"where the time goes, {name}"] = shares
     return figures
 
 
@@ -243,12 +276,14 @@ def main():
     own, options = parser.parse_known_args()
     args = trainer.parse_args(["--train_manifest=none", "--output_dir=none", "--lora_dropout=0",
                                "--grad_accum=4", *options])
-    figures = measure(args, own.shape, own.repetitions)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(args, own.shape, own.repetitions, Path(folder))
     if os.environ.get("RANK", "0") != "0":
         return
-    for name, values in figures.items():
-        print(json.dumps({name: values}) if own.json else f"{name}\n" + "\n".join(
-            f"    {key:<30} {value:>12,.3f}" for key, value in values.items()))
+    for name, values in () if own.json else figures.items():
+        print(name, *(f"    {key:<30} {value:>12,.3f}" for key, value in values.items()), sep="\n")
+    if own.json:
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def our_half(folder):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    text_head = lora.take_text_head(model)
+    text_head = lora.take_text_head(model.get_base_model())
     [(batch, counts)] = data[range(len(entries)), True]
     with torch.no_grad():
         outputs = model(**batch)

@@ -230,7 +230,7 @@ runpy.run_path("{root}/trainer.py", run_name="__main__")
 @pytest.mark.parametrize("flag, value, message", [
     ("--batch_size", "0", "--batch_size is 0; expected 1 or more"),
     ("--grad_accum", "-1", "--grad_accum is -1"),
-    ("--max_tokens", "0", "--max_tokens is 0"), ("--save_steps", "0", "--save_steps is 0"),
+    ("--max_tokens", "-1", "--max_tokens is -1"), ("--save_steps", "0", "--save_steps is 0"),
     ("--logging_steps", "0", "--logging_steps is 0"), ("--num_workers", "-1", "--num_workers is -1"),
     ("--lr", "-1e-4", "--lr is -0.0001"), ("--lr", "nan", "--lr is nan"), ("--seed", "-1", "--seed is -1"),
     ("--lora_dropout", "1.5", "--lora_dropout is 1.5; expected 0 or more, at most 1"),

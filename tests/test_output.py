@@ -6,16 +6,19 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
 import lora
+import output
 import trainer
 from dataset import PipelineError
 from tests.test_training import ROOT, run
 
 RUN = dict(base_ckpt="b", train_manifest="m", lora_r=4, lora_alpha=8, seed=1, samples_per_step=16)
+CARD = {"base": "`b`"}, "python trainer.py"
 HOLD = """
 import fcntl, sys, time
 lock = open(sys.argv[1], "w")
@@ -37,7 +40,7 @@ def optimizer(lora_model):
 
 @pytest.fixture
 def saved(tmp_path, lora_model, optimizer):
-    lora.save_checkpoint(tmp_path, lora_model, optimizer, RUN, keep=2, step=5)
+    output.save_checkpoint(tmp_path, lora_model, optimizer, RUN, CARD, keep=2, step=5)
     return tmp_path / "checkpoint-5"
 
 
@@ -46,46 +49,46 @@ def test_results_are_not_trained_over(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
     with pytest.raises(PipelineError, match="already holds an adapter or checkpoints; choose"):
-        lora.open_output(tmp_path, None)
+        output.open_output(tmp_path, None)
 
 
 def test_auto_takes_the_newest_and_paths_only_into_a_folder_that_is_not_ahead(tmp_path):
     out, elsewhere = tmp_path / "out", tmp_path / "other/checkpoint-40"
-    assert lora.open_output(out, "auto") is None  # so that --max_restarts works with the very same command
+    assert output.open_output(out, "auto") is None  # so that --max_restarts works with the very same command
     for step in (5, 100, 20):
         (out / f"checkpoint-{step}").mkdir()
     (out / "unfinished").mkdir()
     for wanted in ("auto", f"{out}/checkpoint-100"):
-        assert lora.open_output(out, wanted) == out / "checkpoint-100"
+        assert output.open_output(out, wanted) == out / "checkpoint-100"
     for behind in (f"{out}/checkpoint-20", f"{elsewhere}"):
         with pytest.raises(PipelineError, match="already holds an adapter or checkpoints"):
-            lora.open_output(out, behind)
-    assert lora.open_output(tmp_path / "new", f"{elsewhere}") == elsewhere
+            output.open_output(out, behind)
+    assert output.open_output(tmp_path / "new", f"{elsewhere}") == elsewhere
     shutil.rmtree(out)
     out.mkdir()
     (out / "adapter_model.safetensors").touch()  # an adapter, but no checkpoint to go on from
     with pytest.raises(PipelineError, match="already holds an adapter"):
-        lora.open_output(out, "auto")
+        output.open_output(out, "auto")
 
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "lock"], stdout=subprocess.PIPE)
     other.stdout.readline()
     with pytest.raises(PipelineError, match="another run is training into it"):
-        lora.open_output(tmp_path, "auto")
+        output.open_output(tmp_path, "auto")
     other.kill()  # however it ends, the lock is free
     other.wait()
-    assert lora.open_output(tmp_path, "auto") is None
+    assert output.open_output(tmp_path, "auto") is None
 
 
 @pytest.mark.parametrize("folder", ["/dev/null/out", "/proc/self"])
 def test_a_folder_that_cannot_be_written(folder):
     with pytest.raises(PipelineError, match=f"--output_dir {folder} cannot be written"):
-        lora.open_output(lora.Path(folder), None)
+        output.open_output(Path(folder), None)
 
 
 def test_a_checkpoint_comes_back_whole(saved, lora_model, optimizer):
-    state = lora.read_checkpoint(saved, RUN)
+    state = output.read_checkpoint(saved, RUN)
     assert state["step"] == 5
     for name, value in lora_model.state_dict().items():
         assert "lora_" not in name or torch.equal(state["adapter"][name.replace(".default", "")], value)
@@ -117,25 +120,25 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_by_name(saved, damage):
-    for name in ("checksum", *lora.CHECKPOINT):
+    for name in ("checksum", *output.CHECKPOINT):
         folder = shutil.copytree(saved, saved.parent / name / saved.name)
         DAMAGES[damage](folder / name)
         with pytest.raises(PipelineError, match="checkpoint-5 is damaged, or no checkpoint of this trainer"):
-            lora.read_checkpoint(folder, RUN)
+            output.read_checkpoint(folder, RUN)
 
 
 @pytest.mark.parametrize("content", [Code(), [1], {"run": [1]}, {"run": RUN, "step": 5}, torch.ones(2)])
 def test_another_trainers_checkpoint_is_refused_even_with_our_checksum(saved, content):
     torch.save(content, saved / "trainer_state.pt")
-    (saved / "checksum").write_text(lora.fingerprint(saved / name for name in lora.CHECKPOINT))
+    (saved / "checksum").write_text(lora.fingerprint(saved / name for name in output.CHECKPOINT))
     with pytest.raises(PipelineError, match="checkpoint-5 is damaged, or no checkpoint of this trainer"):
-        lora.read_checkpoint(saved, RUN)
+        output.read_checkpoint(saved, RUN)
 
 
 @pytest.mark.parametrize("key", list(RUN))
 def test_a_run_that_differs_is_refused(saved, key):
     with pytest.raises(PipelineError, match=f"belongs to another run: {key} was {RUN[key]}, is other$"):
-        lora.read_checkpoint(saved, RUN | {key: "other"})
+        output.read_checkpoint(saved, RUN | {key: "other"})
 
 
 def test_what_does_not_fit_leaves_the_others_whole(saved, lora_model, optimizer):
@@ -145,14 +148,14 @@ def test_what_does_not_fit_leaves_the_others_whole(saved, lora_model, optimizer)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             with pytest.raises(PipelineError, match="checkpoint-6 cannot be written; those before it are"):
-                lora.save_checkpoint(saved.parent, lora_model, optimizer, RUN, keep=1, step=6)
+                output.save_checkpoint(saved.parent, lora_model, optimizer, RUN, CARD, keep=1, step=6)
             with pytest.raises(PipelineError, match="cannot be copied") if size < 4e5 else nullcontext():
-                lora.publish(saved, saved.parent)
+                output.publish(saved, saved.parent)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert lora.checkpoints(saved.parent) == [saved] and lora.read_checkpoint(saved, RUN)
-    lora.save_checkpoint(saved.parent, lora_model, optimizer, RUN, keep=1, step=6)  # over what was left
-    assert [folder.name for folder in lora.checkpoints(saved.parent)] == ["checkpoint-6"]
+        assert output.checkpoints(saved.parent) == [saved] and output.read_checkpoint(saved, RUN)
+    output.save_checkpoint(saved.parent, lora_model, optimizer, RUN, CARD, keep=1, step=6)
+    assert [folder.name for folder in output.checkpoints(saved.parent)] == ["checkpoint-6"]
 
 
 @pytest.mark.parametrize("steps", [40, 4], ids=["on the way", "at the end"])
@@ -170,18 +173,24 @@ def test_a_run_without_finite_steps_stops_with_its_entries(tiny, tmp_path, steps
     assert len(error) == 1 + trainer.HALT and all("entries [" in line for line in error[1:])
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["skipped_steps"] == trainer.HALT and metrics[-1]["loss"] is None
-    assert [folder.name for folder in lora.checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert [folder.name for folder in output.checkpoints(tmp_path)] == ["checkpoint-1"]
     assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def metrics(step, loss=None):
+    """A line of metrics.jsonl, of a step that was not finite where there is no loss."""
+    return {"step": step, "lr": 1e-4, "grad_norm": loss, "loss": loss, "text_loss": loss, "audio_loss": loss,
+            "audio_loss_per_codebook": 8 * [loss]}
 
 
 def test_metrics_of_lost_steps_and_torn_lines_go(tmp_path):
     """A line that a kill or a power cut tore must not stop every start to come."""
-    lines = [json.dumps({"step": step, "loss": None}) + "\n" for step in range(1, 8)]
+    lines = [json.dumps(metrics(step)) + "\n" for step in range(1, 8)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:5]) + "\n\0\0\n" + lines[5] + lines[6][:-4])
-    lora.open_board(tmp_path, 5)
+    output.open_board(tmp_path, 5)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:5])
     (tmp_path / "metrics.jsonl").unlink()
-    lora.open_board(tmp_path, 0)
+    output.open_board(tmp_path, 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 

@@ -78,7 +78,7 @@ def test_a_sample_that_is_not_trained_has_no_label_and_zero_gradient(open_data, 
     """What a rank without a sample runs: catches NaN from an empty sum, and a gradient that is missing."""
     [(batch, counts)] = open_data(entries)[[0], False]
     assert counts[:-2].sum() == 0
-    head = lora.take_text_head(lora_model)
+    head = lora.take_text_head(lora_model.get_base_model())
     trainer.loss_sums(lora_model(**batch), batch, counts, head).sum().backward()
     gradients = [p.grad for p in lora_model.parameters() if p.requires_grad]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)

@@ -114,19 +114,18 @@ def test_it_trains_and_the_tower_stays_as_it_is(whisper, open_whisper):
     data = open_whisper(entry("voice_a"), entry("voice_b", target="target_a"), entry("voice_b", "voice_a"),
                         entry())
     micro_batches = [*data[range(4), True], *data[[3], True]]
-    counts = sum(counts for _, counts in micro_batches)[:-3]
     model = lora.attach(lora.load_base(whisper / "model", torch.float32, "cpu"), 4, 8, 0.0, seed=0)
     hearing = [model.get_base_model().audio_tower, model.get_base_model().audio_encoder_proj]
     before = [parameter.clone() for module in hearing for parameter in module.parameters()]
-    text_head = lora.take_text_head(model)
+    text_head = lora.take_text_head(model.get_base_model())
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, fused=True)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     ddp, losses = DistributedDataParallel(model.train()), []
     for _ in range(4):
-        sums = trainer.compute_gradients(ddp, text_head, micro_batches, counts, torch.zeros(1))
+        sums, counts = trainer.compute_gradients(ddp, text_head, micro_batches, torch.zeros(1))
         trainer.update(optimizer, schedule, parameters, 1.0)
-        losses.append((sums / counts).mean().item())
+        losses.append((sums / counts[:-3]).mean().item())
     print("losses", losses)
     assert losses[-1] < 0.9 * losses[0]
     assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad and (

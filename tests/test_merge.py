@@ -1,0 +1,148 @@
+"""lora.py merge: one checkpoint that upstream loads as it loads the base, or a reason and nothing."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
+from loguru import logger
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GenerationConfig
+
+import lora
+from dataset import PipelineError
+from tests.test_inputs import ROOT
+from tests.tiny_checkpoint import make_model
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def adapter(tmp_path, lora_model):
+    """A folder with an adapter of rank 4 whose B is not zero."""
+    lora_model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    return tmp_path / "adapter"
+
+
+@pytest.fixture(scope="module")
+def bf16_base(tiny):
+    """The tiny checkpoint as the released one is: in bfloat16, sharded, with a generation config."""
+    model = HiggsAudioModel.from_pretrained(tiny / "model", torch_dtype=torch.bfloat16)
+    model.generation_config = GenerationConfig(max_new_tokens=77)
+    shutil.copytree(tiny / "model", tiny / "bf16", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(tiny / "bf16", max_shard_size="2MB")
+    (tiny / "bf16/LICENSE").write_text("theirs")
+    return tiny / "bf16"
+
+
+def merge(base, adapter, output_dir, *more):
+    command = [sys.executable, "lora.py", "merge", "--base_ckpt", base, "--adapter", adapter, "--output_dir",
+               output_dir, *more]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_engine_loads_what_was_merged(tiny, bf16_base, adapter, tmp_path):
+    """By upstream's engine, in the base's dtype; each weight is the float32 sum, rounded once.
+
+    Catches a product that is rounded to bfloat16 before it is added: it differs in about a third of them.
+    """
+    done = merge(bf16_base, adapter, tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    logger.disable("boson_multimodal")
+    engine = HiggsAudioServeEngine(str(tmp_path / "merged"), str(tiny / "codec"), device="cpu")
+    assert engine.model.dtype == torch.bfloat16 and engine.model.generation_config.max_new_tokens == 77
+    assert (tmp_path / "merged/LICENSE").read_text() == "theirs" and not list(tmp_path.glob("unfinished*"))
+    assert not list((tmp_path / "merged").glob("*.unfinished")) and engine.tokenizer.get_vocab() == (
+        AutoTokenizer.from_pretrained(bf16_base).get_vocab())
+    base = HiggsAudioModel.from_pretrained(bf16_base, torch_dtype=torch.bfloat16).state_dict()
+    tensors, changed = load_file(adapter / WEIGHTS), 0
+    for name, weight in engine.model.state_dict().items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_{{}}.weight"
+        expected = base[name]
+        if key.format("A") in tensors:
+            product = 2 * tensors[key.format("B")] @ tensors[key.format("A")]  # alpha / r = 8 / 4
+            expected, changed = (expected.float() + product).bfloat16(), changed + 1
+        assert torch.equal(weight, expected), name
+    assert changed == 20
+
+
+def test_a_float32_merge_computes_the_same(bf16_base, adapter, tmp_path, open_data, entries):
+    """Of a bfloat16 base. To 1e-5, measured 3e-6 on logits of up to 14: float32 sums in another order."""
+    assert merge(bf16_base, adapter, tmp_path / "merged", "--dtype", "float32").returncode == 0
+    base = HiggsAudioModel.from_pretrained(bf16_base, torch_dtype=torch.float32)
+    merged = HiggsAudioModel.from_pretrained(tmp_path / "merged", torch_dtype="auto")
+    [(batch, _)] = open_data(entries, "--batch_size=3")[range(3), True]
+    with torch.no_grad():
+        before = base(**batch)
+        expected = PeftModel.from_pretrained(base, adapter)(**batch)
+        found = merged.eval()(**batch)
+    assert merged.dtype == torch.float32
+    for name in ("logits", "audio_logits"):
+        assert (found[name] - expected[name]).abs().max() < 1e-5
+        assert (before[name] - expected[name]).abs().max() > 0.1
+
+
+def config_with(adapter, **settings):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | settings))
+
+
+def without_one(adapter):
+    tensors = load_file(adapter / WEIGHTS)
+    del tensors[next(iter(tensors))]
+    save_file(tensors, adapter / WEIGHTS)
+
+
+def not_finite(adapter):
+    tensors = load_file(adapter / WEIGHTS)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, adapter / WEIGHTS)
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (lambda folder: config_with(folder, r=8), r"40 tensors do not fit: .* is \(4, 512\), expected \(8"),
+    (without_one, "1 tensors do not fit: .* is missing, expected"),
+    (not_finite, "holds numbers that are not finite, in base_model"),
+    (lambda folder: (folder / WEIGHTS).write_bytes(b"damaged"), "SafetensorError"),
+    (lambda folder: (folder / WEIGHTS).unlink(), "no LoRA adapter there"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{"), "no LoRA adapter there"),
+    (lambda folder: config_with(folder, peft_type="IA3"), "no LoRA adapter there"),
+    (lambda folder: config_with(folder, target_modules=["nothing"]), "no LoRA adapter there"),
+    (lambda folder: config_with(folder, target_modules=["q_proj"]), "tensors do not fit"),
+], ids=range(9))
+def test_an_adapter_that_is_damaged_or_foreign_is_refused(tiny, adapter, damage, reason):
+    """Catches PEFT's own way: a tensor that is missing is a warning, and the base speaks alone."""
+    damage(adapter)
+    base = lora.load_base(tiny / "model", torch.float32, "cpu")
+    with pytest.raises(PipelineError, match=reason):
+        lora.load_adapter(base, adapter)
+
+
+def test_another_bases_adapter_is_refused_and_nothing_is_left(tmp_path, adapter):
+    make_model(tmp_path / "smaller", hidden=128)
+    done = merge(tmp_path / "smaller", adapter, tmp_path / "merged")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: --adapter {adapter} is damaged, or another base's; 40 tensors do not fit" in done.stderr
+    assert "is (4, 512), expected (4, 256)" in done.stderr
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob("unfinished*"))
+
+
+def test_nothing_is_left_where_there_is_no_room_and_nothing_is_overwritten(tiny, tmp_path, adapter):
+    """A file-size limit stands for a full disk: the same OSError in the same calls."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(PipelineError, match="--output_dir .*merged cannot be written"):
+            lora.merge(tiny / "model", adapter, tmp_path / "merged", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(PipelineError, match="merged is there already; choose another"):
+        lora.merge(tiny / "model", adapter, tmp_path / "merged", None)
