@@ -63,14 +63,15 @@ def read_checkpoint(folder, run):
 
 def describe(args, entries, frames, run, total):
     """What the model card tells of a run before its first step: {row: text}, and its command."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE")
+    ranks, all_ranks = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    nodes = [f"--nnodes={all_ranks // ranks}"] if all_ranks > ranks else []
     hours = sum(frames.values()) / 25 / 3600  # the codec has 25 frames a second
     rows = {"base": f"`{args.base_ckpt}`",
             "data": f"`{args.train_manifest.name}`: {len(entries):,} entries, {len(frames):,} clips of "
                     f"{hours:,.2f} hours",
             "LoRA": f"r {args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout}",
             "steps": f"{total:,}, of {run['samples_per_step']:,} samples; learning rate {args.lr}"}
-    program = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
+    program = ["torchrun", *nodes, f"--nproc_per_node={ranks}"] if ranks else ["python"]
     return rows, shlex.join([*program, *sys.argv])
 
 

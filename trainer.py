@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--max_grad_norm", type=float, default=1.0)
     add("--seed", type=int, default=42)
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on GPUs")
-    add("--gradient_checkpointing", action="store_true", help="less memory for a third more time")
+    add("--gradient_checkpointing", action="store_true", help="less memory for half more time")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, required=True)
     add("--logging_steps", type=int, default=10)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 import lora
 import output
@@ -192,6 +193,37 @@ def test_metrics_of_lost_steps_and_torn_lines_go(tmp_path):
     (tmp_path / "metrics.jsonl").unlink()
     output.open_board(tmp_path, 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_the_picture_shows_what_there_is(tmp_path):
+    """From no line, one, or lines without a loss: a gap, and no failure of the run that draws it."""
+    output.draw(tmp_path)
+    assert not (tmp_path / "loss.png").exists()
+    sizes = []
+    for losses in ([None], [7.5], [7.5, None, 6.5, 5.5]):
+        lines = [json.dumps(metrics(step, loss)) + "\n" for step, loss in enumerate(losses)]
+        (tmp_path / "metrics.jsonl").write_text("".join(lines))
+        output.draw(tmp_path)
+        sizes.append((imread(tmp_path / "loss.png")[..., :3] < 0.9).sum())
+    assert max(sizes[:2]) < sizes[2]  # more ink where there are lines to show
+
+
+@pytest.mark.parametrize("ranks, nodes, start", [
+    (None, None, "python trainer.py"), ("8", "8", "torchrun --nproc_per_node=8 trainer.py"),
+    ("8", "16", "torchrun --nnodes=2 --nproc_per_node=8 trainer.py")])
+def test_the_card_has_the_command(monkeypatch, tmp_path, ranks, nodes, start):
+    for name, value in (("LOCAL_WORLD_SIZE", ranks), ("WORLD_SIZE", nodes)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    options = ["--train_manifest", "my data.json", "--output_dir", "{out}"]
+    monkeypatch.setattr(sys, "argv", ["trainer.py", *options])
+    card = output.describe(trainer.parse_args(options), [1] * 1234, {"a": 90_000}, RUN, total=5)
+    for step in (1, 2):  # the second must not show what the first did
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics(step, step / 3)) + "\n")
+        output.write_card(tmp_path, tmp_path, card, step)
+    text = (tmp_path / "README.md").read_text()
+    assert f"{start} --train_manifest 'my data.json' --output_dir '{{out}}'\n" in text
+    assert "`my data.json`: 1,234 entries, 1 clips of 1.00 hours" in text and "step 1" not in text
+    assert "| loss at step 2 | text 0.667, audio 0.667 |" in text
 
 
 def test_learning_rate_and_length_are_the_command_lines_on_resume(tiny, tmp_path):

@@ -17,7 +17,8 @@ from tests import acceptance
 from dataset import load_manifest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 ROWS = ["Bit-for-bit preprocessing", "Identical forward kwargs", "Reference audio is heard",
         "Dual loss computation", "DualFFN LoRA targeting", "DDP scaling", "LoRA-only checkpoints",
         "It learns what inference runs"]
@@ -29,18 +30,28 @@ def blocks(language, having):
 
 def test_every_block_is_known():
     """A command that no test looks at would rot: each bash block is installed, tested, run or parsed."""
-    known = ("pip install", "pytest tests", "tiny/", "bosonai/")
+    known = ("pip install", "pytest tests", "tiny/", "train.json", "held_out.json")
     assert all(any(word in text for word in known) for kind, text in BLOCKS if kind == "bash")
 
 
 def test_commands_for_the_released_checkpoint_parse():
-    commands = blocks("bash", "bosonai/")
-    preflight, training = (shlex.split(command.replace("\\\n", " ")) for command in commands)
+    """With the trainer's own parser; each starts as it must, and has only options that there are."""
+    commands = [shlex.split(line) for kind, text in BLOCKS if kind == "bash" and "tiny/" not in text
+                for line in text.replace("\\\n", " ").splitlines() if ".json" in line]
+    parsed = []
+    for command in commands:
+        [script] = [word for word in command if word.endswith(".py")]
+        program, options = command[: command.index(script)], command[command.index(script) + 1 :]
+        assert program == ["python"] or program[0] == "torchrun" and script == "trainer.py"
+        if "--adapter" in options:  # validate_pipeline.py's own
+            options = options[: options.index("--adapter")]
+        parsed.append((script, trainer.parse_args(["--output_dir=out", *options])))
     defaults = trainer.parse_args(["--train_manifest=train.json", "--output_dir=out"])
-    assert preflight[:2] == ["python", "validate_pipeline.py"]
-    assert trainer.parse_args([*preflight[2:], "--output_dir=out"]) == defaults
-    assert training[:3] == ["torchrun", "--nproc_per_node=8", "trainer.py"]
-    assert trainer.parse_args(training[3:]) == defaults  # "These values are also the defaults"
+    assert [script for script, _ in parsed] == ["validate_pipeline.py", *4 * ["trainer.py"],
+                                                "validate_pipeline.py"]
+    assert parsed[0][1] == parsed[1][1] == defaults  # "These values are also the defaults"
+    assert [args.grad_accum for _, args in parsed] == [8, 8, 64, 64, 4, 8]
+    assert [args.gradient_checkpointing for _, args in parsed] == [False, False, False, True, False, False]
 
 
 def test_the_manifest_is_one(tiny):
@@ -64,28 +75,36 @@ def run_in(folder, environment, *command):
 
 @pytest.fixture(scope="module")
 def step_by_step(clone):
+    """What the blocks on the tiny checkpoint print, run in the order of the README, in one shell."""
     folder, environment = clone
-    [commands] = blocks("bash", "--keep tiny")
+    commands = "\n".join(blocks("bash", "tiny/"))
     return run_in(folder, environment, "bash", "-e", "-c", commands)
 
 
-def test_the_embedded_default_passes_and_trains(step_by_step):
-    """validate_pipeline.py's table and last lines, then training on what it keeps, as printed."""
+def test_the_embedded_default_passes_trains_and_is_compared(clone, step_by_step):
+    """validate_pipeline.py's table and last lines, then all that is done with what it keeps, as printed."""
     assert step_by_step.returncode == 0, step_by_step.stdout + step_by_step.stderr
     lines = step_by_step.stdout.splitlines()
     assert [line[6:].split(":")[0] for line in lines if line.startswith("pass  ")] == ROWS
     end = lines.index("🎉 ALL VALIDATION TESTS PASSED!")
     assert lines[end + 1] == "📋 Ready for training with torchrun command..."
-    _, command = blocks("bash", "bosonai/")
+    [command] = blocks("bash", "torchrun --nproc_per_node=8")
     assert "\n".join(lines[end + 2 :]).startswith(command.strip())
-    [_, of_the_readme] = [text for kind, text in BLOCKS if kind == ""]
-    for line in of_the_readme.splitlines():  # the preflight's: times and memory differ, and "..." leaves out
-        assert line.split("...")[0].split(";")[0] in "\n".join(lines)
-    assert json.loads(lines[-1])["step"] == 120 and json.loads(lines[-1])["loss"] < 0.05
+    _, compared, preflight = [text for kind, text in BLOCKS if kind == ""]
+    for line in preflight.splitlines():  # times and memory differ, and "..." leaves out
+        assert line.split("...")[0].split(";")[0] in step_by_step.stdout
+    for line in compared.splitlines():  # the digits are one machine's
+        assert re.split(r"\d|\.\.\.", line)[0] in step_by_step.stdout
+    assert "best        tiny/adapter, by" in step_by_step.stdout
+    adapter = clone[0] / "tiny/adapter"
+    metrics = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["step"] == 120 and metrics[-1]["loss"] < 0.05
+    for name in ("README.md", "loss.png", "runs", "adapter_config.json", "checkpoint-120/trainer_state.pt"):
+        assert (adapter / name).exists()
 
 
 def test_the_answer_is_heard(clone, step_by_step):
-    """The listening script: upstream's engine, the adapter on top; 30 frames are 1.2 s."""
+    """The listening script: upstream's engine on the merged folder; 30 frames are 1.2 s."""
     folder, environment = clone
     hub = {"HF_HOME": f"{folder}/tiny/huggingface", "HF_HUB_OFFLINE": "1"}
     [script] = blocks("python", "HiggsAudioServeEngine")

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from huggingface_hub import ModelCard
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
 import lora
@@ -131,6 +134,18 @@ def test_every_layout_trains(tiny, tmp_path):
     assert step["step"] == 1 and step["epoch"] == 1.0 and len(step["audio_loss_per_codebook"]) == 8
     assert np.isfinite([step["loss"], step["grad_norm"]]).all() and 0 <= step["padding"] < 0.5
     assert step["loss"] == pytest.approx(step["text_loss"] + np.mean(step["audio_loss_per_codebook"]))
+    board = EventAccumulator(str(tmp_path / "runs")).Reload().Tags()
+    curves = set(step) - {"step", "audio_loss_per_codebook"} | {f"codebook_{k}" for k in range(8)}
+    assert set(board["scalars"]) == curves and not board["histograms"] and not board["images"]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == f"{tiny}/model"
+    card = ModelCard.load(tmp_path / "README.md")  # as the hub reads it
+    assert card.data.library_name == "peft" and card.data.base_model == f"{tiny}/model"
+    assert card.data.pipeline_tag == "text-to-speech" and "lora" in card.data.tags
+    for line in ("| data | `layouts.jsonl`: 5 entries, 3 clips of 0.00 hours |", "| this adapter | step 1 |",
+                 f"| loss at step 1 | text {step['text_loss']:.3g}", "python trainer.py --base_ckpt"):
+        assert line[:-2] in card.text
+    assert (tmp_path / "loss.png").read_bytes() and imread(tmp_path / "loss.png").shape == (800, 1200, 4)
 
 
 def test_a_resumed_run_ends_where_the_straight_one_does(tiny, tmp_path):
