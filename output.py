@@ -2,8 +2,8 @@
 
 import fcntl
 import json
-import os
 import math
+import os
 import re
 import shlex
 import shutil
@@ -80,8 +80,8 @@ def write_card(folder, output_dir, card, step):
     rows, command = card
     rows, lines = rows | {"this adapter": f"step {step:,}"}, read_metrics(output_dir)
     for line in lines[:: max(len(lines) - 1, 1)]:  # the first and the last
-        text, audio = (round(line[name] or math.nan, 3) for name in ("text_loss", "audio_loss"))
-        rows |= {f"loss at step {line['step']:,}": f"text {text}, audio {audio}"}
+        text, audio = np.array([line["text_loss"], line["audio_loss"]], dtype=float)  # null becomes NaN
+        rows |= {f"loss at step {line['step']:,}": f"text {text:.3f}, audio {audio:.3f}"}
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
     (folder / "README.md").write_text(f"""---
 pipeline_tag: text-to-speech
@@ -107,7 +107,7 @@ def save_checkpoint(output_dir, model, optimizer, run, card, keep, step):
     try:
         with blaming(f"{whole} cannot be written; those before it are whole: make room, and go on with "
                      "--resume_from_checkpoint auto"):
-            unfinished.mkdir()
+            unfinished.mkdir(exist_ok=True)  # a killed run's
             write_card(unfinished, output_dir, card, step)
             model.save_pretrained(str(unfinished), save_embedding_layers=False)
             torch.save(dict(run=run, step=step, optimizer=optimizer.state_dict()["state"]),
@@ -186,9 +186,8 @@ def draw(output_dir):
         axis.plot(steps, values, marker="." if len(lines) < 50 else None, **style)
 
     for name, color in (("text_loss", "tab:orange"), ("audio_loss", "tab:blue")):
-        values = [line[name] for line in lines]
-        label = f"{name.replace('_', ' ')}, at last {values[-1] or math.nan:.3f}"
-        plot(losses, values, color=color, label=label)
+        values = np.array([line[name] for line in lines], dtype=float)
+        plot(losses, values, color=color, label=f"{name.replace('_', ' ')}, at last {values[-1]:.3f}")
     count = len(lines[0]["audio_loss_per_codebook"])
     for k in range(count):
         plot(codebooks, [line["audio_loss_per_codebook"][k] for line in lines], label=f"codebook {k}",

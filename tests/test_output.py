@@ -41,6 +41,7 @@ def optimizer(lora_model):
 
 @pytest.fixture
 def saved(tmp_path, lora_model, optimizer):
+    (tmp_path / "unfinished").mkdir()  # as a killed run leaves it
     output.save_checkpoint(tmp_path, lora_model, optimizer, RUN, CARD, keep=2, step=5)
     return tmp_path / "checkpoint-5"
 
@@ -200,7 +201,7 @@ def test_the_picture_shows_what_there_is(tmp_path):
     output.draw(tmp_path)
     assert not (tmp_path / "loss.png").exists()
     sizes = []
-    for losses in ([None], [7.5], [7.5, None, 6.5, 5.5]):
+    for losses in ([None], [0.0], [7.5, None, 6.5, 0.0]):
         lines = [json.dumps(metrics(step, loss)) + "\n" for step, loss in enumerate(losses)]
         (tmp_path / "metrics.jsonl").write_text("".join(lines))
         output.draw(tmp_path)
