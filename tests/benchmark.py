@@ -2,6 +2,8 @@
 
     python tests/benchmark.py [--shape tiny|medium|released] [--json] [--repetitions 3] [trainer.py's options]
     torchrun --nproc_per_node=2 tests/benchmark.py ...     what the ranks' own work adds; no reference then
+    python tests/benchmark.py --count [--gradient_checkpointing]
+                                    counts what a position of the released shape keeps for the backward pass
 
 reference: micro-batches of batch_size in file order, text logits at every position in float32, PEFT as it is.
 ours: lora.build_model and trainer.compute_gradients, on a step that StepDataset has cut in a DataLoader.
@@ -38,12 +40,14 @@ from tests import tiny_checkpoint  # noqa: E402
 SHAPES = {"tiny": {}, "medium": dict(hidden=512, layers=8, vocab_size=128_256), "released": None}
 
 
-def make_checkpoint(folder, shape, device):
+def make_checkpoint(folder, shape, device, layers=28):
     """A random checkpoint of the shape, with the tiny text tokenizer; drawn on `device`, bf16 if released."""
     tokenizer = tiny_checkpoint.make_tokenizer(folder)
     config = tiny_checkpoint.make_config(tokenizer, **(SHAPES[shape] or {}))
     if shape == "released":
         settings = tiny_checkpoint.released_config().to_dict()
+        settings["text_config"]["num_hidden_layers"] = layers
+        settings["audio_dual_ffn_layers"] = list(range(layers))
         special = ("audio_in_token_idx", "audio_out_token_idx", "audio_out_bos_token_id",
                    "audio_eos_token_id", "pad_token_id")
         config = lora.HiggsAudioConfig(**{**settings, **{name: getattr(config, name) for name in special}})
@@ -163,6 +167,35 @@ def imbalance(args, ranks=8):
     return float((loads.max(0) / loads.mean(0)).mean() - 1)
 
 
+def count_saved(args, folder):
+    """{figure: value}: bytes of saved tensors, without weights, from a model of one layer and of two."""
+    trainer.join_ranks()
+    args.precision, totals = "bf16", []
+    for layers in (1, 2):
+        args.base_ckpt = folder / str(layers)
+        make_checkpoint(args.base_ckpt, "released", torch.device("cpu"), layers)
+        config, tokenizer, _ = lora.open_base(args.base_ckpt)
+        entries, clips = make_samples(args.base_ckpt, args.batch_size)
+        data = dataset.StepDataset(entries, clips, tokenizer, lora.build_collator(config, None, True),
+                                   args.batch_size, None)
+        [(batch, counts)] = data[range(args.batch_size), True]
+        model, text_head = lora.build_model(args, torch.device("cpu"))
+        weights, saved = {p.data_ptr() for p in (*model.parameters(), text_head.weight)}, {}
+
+        def note(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = storage.nbytes(), tensor  # alive, or its address comes again
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            trainer.loss_sums(*lora.forward(model, batch, text_head), counts, text_head)
+        totals.append(sum(size for size, _ in saved.values()) / counts[-1].item())
+    layer = totals[1] - totals[0]
+    return {"a position, counted": {"bytes a layer": layer,
+                                    "MB in 28 layers": (totals[0] + 27 * layer) / 1e6}}
+
+
 def prepare(args, shape, folder, device):
     """(StepDataset, this rank's samples of a step, and in file order: positions with padding, batches)."""
     make_checkpoint(folder, shape, device)
@@ -180,7 +213,7 @@ def prepare(args, shape, folder, device):
 
 
 def our_steps(args, data, mine, device, waits):
-    """(a step as trainer.main takes it, its forward and backward alone, the text head's width)."""
+    """(a step as trainer.main takes it, what of it is not forward and backward, the text head's width)."""
     model, text_head = lora.build_model(args, device)
     parameters, optimizer, schedule = lora.build_optimizer(model, args, 10**6, {"step": 0})
     model, go_on = lora.distribute(model), torch.zeros(1)
@@ -188,7 +221,7 @@ def our_steps(args, data, mine, device, waits):
     batches = iter(DataLoader(data, batch_size=None, sampler=itertools.repeat((mine, True)),
                               num_workers=args.num_workers, pin_memory=device.type == "cuda",
                               worker_init_fn=dataset.ignore_signals))
-    cut = next(batches)
+    gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=device)
 
     def step():
         began = time.perf_counter()
@@ -200,12 +233,14 @@ def our_steps(args, data, mine, device, waits):
         losses = sums.cpu() / counts[:-3]
         return (losses[0] + losses[1:].mean()).item(), counts
 
-    def gradients_alone():
-        with model.no_sync():
-            trainer.compute_gradients(model, text_head, cut, go_on)
-        model.zero_grad()
+    def beside():
+        for tensor in (torch.zeros(12), go_on.max(), gradient, torch.zeros(9, device=device)):
+            dist.all_reduce(tensor)  # of counts, a halt, the gradient, losses
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        return trainer.update(optimizer, schedule, parameters, args.max_grad_norm).item()
 
-    return step, gradients_alone, text_head.out_features
+    return step, beside, text_head.out_features
 
 
 def reference_step(args, counts, obvious, device):
@@ -238,8 +273,8 @@ def measure(args, shape, repetitions, folder):
     _, device, _, world_size = trainer.join_ranks()
     data, mine, padded, obvious = prepare(args, shape, folder, device)
     waits = []
-    step, gradients_alone, vocab = our_steps(args, data, mine, device, waits)
-    ways = {"ours": step, "gradients alone": gradients_alone}
+    step, beside, vocab = our_steps(args, data, mine, device, waits)
+    ways = {"ours": step, "beside": beside}
     if world_size == 1:
         ways["reference"] = reference_step(args, sum(counts for _, counts in obvious), obvious, device)
     runs = {name: [] for name in ways}
@@ -249,8 +284,8 @@ def measure(args, shape, repetitions, folder):
             print(f"{i}: {name} took {run[1]:.2f} s", file=sys.stderr)
             runs[name] += [run] if i else []
     figures = {"ours": summary(runs["ours"], runs["ours"][0][0][1][-1].item())}
-    alone = statistics.median(took for _, took, _ in runs["gradients alone"])
-    figures["ours"]["beside forward and backward"] = 1 - 1e3 * alone / figures["ours"]["ms per step"]
+    took = statistics.median(took for _, took, _ in runs["beside"])
+    figures["ours"]["beside forward and backward"] = took / figures["ours"]["ms per step"] * 1e3
     figures["ours"]["data wait"] = statistics.median(waits[1:]) / figures["ours"]["ms per step"] * 1e3
     figures["ours"]["imbalance of 8 ranks"] = imbalance(args)
     if "reference" in ways:
@@ -272,12 +307,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--count", action="store_true")
     parser.add_argument("--repetitions", type=int, default=3)
     own, options = parser.parse_known_args()
     args = trainer.parse_args(["--train_manifest=none", "--output_dir=none", "--lora_dropout=0",
                                "--grad_accum=4", *options])
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(args, own.shape, own.repetitions, Path(folder))
+        folder = Path(folder)
+        figures = (count_saved(args, folder) if own.count
+                   else measure(args, own.shape, own.repetitions, folder))
     if os.environ.get("RANK", "0") != "0":
         return
     for name, values in () if own.json else figures.items():
