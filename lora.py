@@ -254,8 +254,7 @@ def load_adapter(base, name):
     differing = [f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'none')}"
                  for key in sorted(found.keys() | expected.keys()) if found.get(key) != expected.get(key)]
     if differing:
-        raise PipelineError(f"--adapter {name} is damaged, or another base's; {len(differing)} tensors do "
-                            f"not fit: {differing[0]}")
+        raise PipelineError(f"--adapter {name} does not fit the base: {differing[0]}; {len(differing)} such")
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise PipelineError(f"--adapter {name} holds numbers that are not finite, in {broken[0]}")
     set_peft_model_state_dict(model, tensors)
@@ -271,14 +270,15 @@ def merge(base_ckpt, adapter, output_dir, dtype):
     dtype = getattr(torch, dtype) if dtype else own
     if output_dir.exists():
         raise PipelineError(f"--output_dir {output_dir} is there already; choose another, or remove it")
+    base = load_base(base_ckpt, torch.promote_types(own, dtype), "cpu")
+    model = load_adapter(base, adapter).merge_and_unload().to(dtype)
     with (blaming(f"--output_dir {output_dir} cannot be written"),
           tempfile.TemporaryDirectory(dir=output_dir.absolute().parent, prefix="unfinished_") as folder):
-        unfinished = Path(folder) / "merged"  # tokenizer, generation config, licence: all but the weights
-        shutil.copytree(local(base_ckpt), unfinished, ignore=shutil.ignore_patterns(
-            ".*", "*.safetensors", "*.bin", "*.pth", "*.index.json"))
-        base = load_base(base_ckpt, torch.promote_types(own, dtype), "cpu")
-        model = load_adapter(base, adapter).merge_and_unload().to(dtype)
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished := Path(folder) / "merged")
+        for file in filter(Path.is_file, local(base_ckpt).iterdir()):  # tokenizer, licence and the like
+            weights = file.name.endswith((".safetensors", ".bin", ".pth", ".index.json"))
+            if not weights and not (unfinished / file.name).exists():
+                shutil.copyfile(file, unfinished / file.name)
         unfinished.rename(output_dir)
     print(f"{output_dir}: base and adapter as one checkpoint in {dtype}; load it as you load the base")
 

@@ -13,6 +13,7 @@ from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCardData
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
@@ -62,7 +63,7 @@ def read_checkpoint(folder, run):
 
 
 def describe(args, entries, frames, run, total):
-    """What the model card tells of a run before its first step: {row: text}, and its command."""
+    """What the model card tells of a run before its first step: {row: text}, command, base on the hub."""
     ranks, all_ranks = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     nodes = [f"--nnodes={all_ranks // ranks}"] if all_ranks > ranks else []
     hours = sum(frames.values()) / 25 / 3600  # the codec has 25 frames a second
@@ -72,19 +73,20 @@ def describe(args, entries, frames, run, total):
             "LoRA": f"r {args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout}",
             "steps": f"{total:,}, of {run['samples_per_step']:,} samples; learning rate {args.lr}"}
     program = ["torchrun", *nodes, f"--nproc_per_node={ranks}"] if ranks else ["python"]
-    return rows, shlex.join([*program, *sys.argv])
+    return rows, shlex.join([*program, *sys.argv]), None if os.path.exists(args.base_ckpt) else args.base_ckpt
 
 
 def write_card(folder, output_dir, card, step):
-    """The adapter's README.md; PEFT then adds base, library and tags, as the hub reads them."""
-    rows, command = card
+    """The adapter's README.md, over PEFT's empty one; the hub takes no base that is a folder."""
+    rows, command, base = card
     rows, lines = rows | {"this adapter": f"step {step:,}"}, read_metrics(output_dir)
     for line in lines[:: max(len(lines) - 1, 1)]:  # the first and the last
         text, audio = np.array([line["text_loss"], line["audio_loss"]], dtype=float)  # null becomes NaN
         rows |= {f"loss at step {line['step']:,}": f"text {text:.3f}, audio {audio:.3f}"}
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
+    data = ModelCardData(library_name="peft", pipeline_tag="text-to-speech", tags=["lora"], base_model=base)
     (folder / "README.md").write_text(f"""---
-pipeline_tag: text-to-speech
+{data.to_yaml()}
 ---
 # LoRA adapter for Higgs Audio v2
 
@@ -107,9 +109,8 @@ def save_checkpoint(output_dir, model, optimizer, run, card, keep, step):
     try:
         with blaming(f"{whole} cannot be written; those before it are whole: make room, and go on with "
                      "--resume_from_checkpoint auto"):
-            unfinished.mkdir(exist_ok=True)  # a killed run's
-            write_card(unfinished, output_dir, card, step)
             model.save_pretrained(str(unfinished), save_embedding_layers=False)
+            write_card(unfinished, output_dir, card, step)
             torch.save(dict(run=run, step=step, optimizer=optimizer.state_dict()["state"]),
                        unfinished / "trainer_state.pt")
             (unfinished / "checksum").write_text(fingerprint(unfinished / name for name in CHECKPOINT))
@@ -117,6 +118,7 @@ def save_checkpoint(output_dir, model, optimizer, run, card, keep, step):
             unfinished.rename(whole)
             for folder in checkpoints(output_dir)[:-keep]:
                 shutil.rmtree(folder)
+        with blaming(f"--output_dir {output_dir} cannot be written; {whole} is whole"):
             draw(output_dir)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -4,8 +4,8 @@
         --base_ckpt bosonai/higgs-audio-v2-generation-3B-base \
         --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05
 
-Without torchrun: one process. --output_dir receives the adapter, checkpoint-<step>/, metrics.jsonl and runs/.
-With --resume_from_checkpoint auto, the same command goes on wherever it was killed, to the same adapter.
+Without torchrun: one process. With --resume_from_checkpoint auto, the same command goes on wherever it was
+killed, to the same adapter. What --output_dir receives, output.py says.
 """
 
 import argparse
@@ -145,8 +145,7 @@ def compute_gradients(model, text_head, micro_batches, halt):
     Returns (this rank's loss sums, still on the device, (1 + num_codebooks,); counts over all ranks, as
     StepDataset gives them), or None: a rank's `halt` (see main) made all agree to stop before the last one.
     """
-    counts = sum(counts for _, counts in micro_batches)  # (num_codebooks + 4,)
-    dist.all_reduce(counts)  # on the CPU
+    dist.all_reduce(counts := sum(counts for _, counts in micro_batches))  # (num_codebooks + 4,), on the CPU
     weights = dist.get_world_size() / counts[:-3].clamp(min=1)  # DDP averages over ranks: undo it
     weights[1:] /= len(weights) - 1
     weights = weights.to(text_head.weight.device, non_blocking=True)  # the default waits for the whole GPU
@@ -168,12 +167,13 @@ def compute_gradients(model, text_head, micro_batches, halt):
 def rehearse(model, text_head, data, lengths):
     """Forward and backward of the largest micro-batch, twice, no update: out-of-memory shows now.
 
-    Twice, for DDP's second forward lays out its buckets anew: later, ranks with more micro-batches would wait
-    there, and a resumed run would add up in another order. Returns the counts. On a GPU, sets --max_tokens
-    where it was not given: the power of two up to 16384 that 3/4 of the free memory hold, as measured here.
+    Twice: DDP's second forward lays out its buckets anew, and later ranks with more micro-batches would wait
+    there, and a resumed run add up in another order. Returns the counts. Without --max_tokens, a GPU takes
+    the power of two up to 16384 that 3/4 of its free memory hold, by what the longest sample takes here.
     """
-    if on_gpu := text_head.weight.is_cuda:
+    if choose := text_head.weight.is_cuda and data.max_tokens is None:
         torch.cuda.reset_peak_memory_stats()  # the codec's
+        data.max_tokens = 1  # one sample a forward
     samples = dataset.cut(zip(lengths, range(len(lengths))), data.batch_size, data.max_tokens)
     largest = [i for _, i in max(samples, key=lambda samples: len(samples) * samples[0][0])]
     batch, counts = max(data[largest, True], key=lambda micro_batch: micro_batch[1][-1])
@@ -184,7 +184,7 @@ def rehearse(model, text_head, data, lengths):
         raise PipelineError(f"out of memory on {counts[-1]} positions of entries {largest}; drop the longest,"
                             " try --gradient_checkpointing, smaller --batch_size or --max_tokens") from None
     model.zero_grad()
-    if on_gpu and data.max_tokens is None:
+    if choose:
         taken = (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()) / counts[-1].item()
         torch.cuda.empty_cache()
         data.max_tokens = 2 ** int(math.log2(min(0.75 * torch.cuda.mem_get_info()[0] / taken, 16_384)))
@@ -255,7 +255,7 @@ def main(args):
         waited += time.perf_counter()
         # Dropout follows from these three alone: no generator state to save, and resuming is exact
         torch.manual_seed(hash((args.seed, step, rank)))  # of integers: the same in every process
-        if (result := compute_gradients(model, text_head, micro_batches, halt)) is None:
+        if not (result := compute_gradients(model, text_head, micro_batches, halt)):
             break
         (sums, counts), done = result, step
         norm = update(optimizer, schedule, parameters, args.max_grad_norm)
@@ -296,5 +296,5 @@ def leave():
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except PipelineError as error:  # a worker's comes with its traceback
+    except (PipelineError, torch.OutOfMemoryError) as error:  # a worker's comes with its traceback
         sys.exit("error: " + str(error).rpartition("PipelineError: ")[2])

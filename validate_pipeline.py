@@ -74,7 +74,7 @@ def describe_data(entries, frames):
                      f"median {np.median(sizes):,.0f}")
 
 
-def describe_steps(lengths, args):
+def describe_steps(lengths, args, max_tokens):
     """Lengths as a histogram; steps and padding of an epoch. Returns {ranks: its positions with padding}."""
     counts, edges = np.histogram(lengths, bins=10)
     for n, low, high in zip(counts, edges, edges[1:]):
@@ -85,7 +85,7 @@ def describe_steps(lengths, args):
         steps = range(-(-len(lengths) // size))
         shares = [[(lengths[i], i) for i in share] for rank in range(ranks)
                   for share, _ in dataset.deal_steps(lengths, size, args.seed, rank, ranks, steps)]
-        batches = [cut for share in shares for cut in dataset.cut(share, args.batch_size, args.max_tokens)]
+        batches = [cut for share in shares for cut in dataset.cut(share, args.batch_size, max_tokens)]
         padded[ranks] = sum(len(batch) * batch[0][0] for batch in batches)
         padding = 1 - sum(length for batch in batches for length, _ in batch) / padded[ranks]
         tell(f"{ranks} GPU{'s' * (ranks > 1)}", f"{len(steps):,} optimizer steps an epoch of {size} samples; "
@@ -105,10 +105,9 @@ def show_targets(data, tokenizer):
 
 
 def listen(part):
-    """(seconds of silence at the end, share of clipped samples) of one clip."""
+    """(seconds of silence at the end, 40 dB below its loudest moment; share of clipped samples) of a clip."""
     wave = dataset.load_waveform(SAMPLE_RATE, part)
-    loud = np.abs(wave).max() > 0.01  # trim compares with the clip's own loudest moment
-    end = librosa.effects.trim(wave, top_db=40)[1][1] if loud else 0
+    end = librosa.effects.trim(wave, top_db=40)[1][1] if np.abs(wave).max() > 0.01 else 0
     return float(len(wave) - end) / SAMPLE_RATE, float(np.mean(np.abs(wave) > 0.99))
 
 
@@ -128,9 +127,8 @@ def suspect(entries, clips, frames, num_workers):
     heard = DataLoader([part for _, _, part in clips.values()], batch_size=None, num_workers=num_workers,
                        collate_fn=listen, worker_init_fn=dataset.ignore_signals)
     for (_, indices, part), (silence, clipped) in zip(clips.values(), tqdm(heard, "listening to the clips")):
-        name = part["audio_url"]
-        found += [(indices, f"{name} ends in {silence:.1f} s of silence")] * (silence > 0.5)
-        found += [(indices, f"{name} is clipped: {clipped:.1%} of its samples")] * (clipped > 1e-3)
+        found += [(indices, f"{part['audio_url']} ends in {silence:.1f} s of silence")] * (silence > 0.5)
+        found += [(indices, f"{part['audio_url']} is clipped: {clipped:.1%} of it")] * (clipped > 1e-3)
     return found
 
 
@@ -162,14 +160,14 @@ def check_heard(model, text_head, data):
     tell("reference", f"of entry {cited} is {'heard ' + ', '.join(heard) if heard else 'NOT heard'}")
 
 
-def try_largest(model, text_head, data, lengths, padded):
+def try_largest(model, text_head, data, lengths, args):
     """Forward and backward of the largest micro-batch: its memory, and time per epoch from that."""
     model = lora.distribute(model)
     trainer.rehearse(model, text_head, data, lengths)
+    padded = describe_steps(lengths, args, data.max_tokens)  # on a GPU that is known now
     began = time.perf_counter()
     counts = trainer.rehearse(model, text_head, data, lengths)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    torch.cuda.synchronize() if torch.cuda.is_available() else None
     took = (time.perf_counter() - began) / 2  # it runs twice
     tell("largest", f"micro-batch: {counts[-3]} samples, {counts[-1]:,} positions with padding; {took:.2f} s "
                     f"forward and backward, {output.peak_memory() / 1e9:.2f} GB peak memory")
@@ -185,13 +183,12 @@ def preflight(args, store, device):
     lengths, frames = dataset.measure(entries, clips, collator)
     data = dataset.StepDataset(entries, clips, tokenizer, collator, args.batch_size, args.max_tokens)
     describe_data(entries, frames)
-    padded = describe_steps(lengths, args)
     show_targets(data, tokenizer)
     suspicious = suspect(entries, clips, frames, args.num_workers)
     model, text_head = lora.build_model(args, device)
     tell("trainable", f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters")
     check_heard(model, text_head, data)
-    try_largest(model, text_head, data, lengths, padded)
+    try_largest(model, text_head, data, lengths, args)
     try:
         dataset.refuse("worth a look, though all of it would train", suspicious)
     except PipelineError as error:
@@ -222,7 +219,7 @@ def answer(model, text_head, data):
             sums = sums + trainer.loss_sums(outputs, batch, own_counts, text_head).cpu()
             counts = counts + own_counts[:-3]
     logits = text_head(outputs.logits[:, -64:]).flatten(), outputs.audio_logits.flatten()
-    means = sums / counts.clamp(min=1)
+    means = (sums / counts.clamp(min=1)).nan_to_num(torch.inf)
     return torch.cat([means[:1], means[1:].mean(0, keepdim=True), means[1:]]), torch.cat(logits).float()
 
 
@@ -235,18 +232,19 @@ def speak(args, adapter, data, device):
     engine.collator.return_audio_in_tokens = data.collator.return_audio_in_tokens
     turns, waves = data.entries[0]["messages"], {}
     reply = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("base", "adapter"):
+        (args.output_dir / f"{name}.wav").unlink(missing_ok=True)  # of another adapter
         if name == "adapter":
             engine.model.decode_graph_runners.clear()  # on a GPU they have captured the base
             engine.model = lora.load_adapter(engine.model, adapter)
         try:
             waves[name] = engine.generate({"messages": turns[:reply]}, 1024, seed=args.seed).audio
-        except IndexError:  # upstream's way to say that no audio came out
-            tell(name, "emits no audio")
+        except (IndexError, RuntimeError) as error:  # upstream's, where none came out, or too little
+            tell(name, f"emits no audio ({error})")
     for _, _, clip in dataset.clips_of({"messages": turns[reply:]}):
         codes = torch.tensor(dataset.load_codes(data.clips[clip][0]), dtype=torch.long)  # (num_codebooks, T)
         waves["target"] = engine.audio_tokenizer.decode(codes[None].to(device))[0, 0]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, wave in waves.items():
         soundfile.write(args.output_dir / f"{name}.wav", wave, SAMPLE_RATE)
         tell(name, f"{args.output_dir / name}.wav, {len(wave) / SAMPLE_RATE:.1f} s")
@@ -257,27 +255,28 @@ def compare(args, store, device, adapters):
     data = open_comparison(args, store, device)
     base = lora.load_base(args.base_ckpt, lora.base_dtype(args, device), device)
     text_head = lora.take_text_head(base)
-    answers = {"base": answer(base, text_head, data)}
+    answers = {"(base)": answer(base, text_head, data)}
     for name in adapters:
         model = lora.load_adapter(base, name)
         answers[name] = answer(model, text_head, data)
         model.unload()
-    merged = lora.load_adapter(base, adapters[-1]).merge_and_unload()
-    answers["merged"] = answer(merged, text_head, data)
+    lora.load_adapter(base, adapters[-1]).merge_and_unload()  # in place
+    answers["(merged)"] = answer(base, text_head, data)
     tell("losses", f"of {len(data.entries)} entries, teacher-forced: text, audio, codebooks 0 to 7")
     for name, (losses, _) in answers.items():
         tell("", " ".join(f"{loss:7.3f}" for loss in losses) + f"  {name}")
     tell("best", f"{min(adapters, key=lambda name: answers[name][0][:2].sum())}, by text and audio loss")
-    expected = answers[adapters[-1]][1]  # flat logits
-    changed, rounded = (((answers[name][1] - expected).norm() / expected.norm()).item()
-                        for name in ("base", "merged"))
-    tell("logits", f"the adapter changes them by {changed:.1%}, merging it by {rounded:.1e}")
-    if not changed:
-        raise PipelineError(f"{adapters[-1]} changes nothing: its B is zero, or it was not loaded")
-    if rounded > min(100 * torch.finfo(base.dtype).eps, 0.1):
+    before, after, merged = (answers[name][1] for name in ("(base)", adapters[-1], "(merged)"))  # flat logits
+    change = after - before
+    changed, rounded = ((x.norm() / after.norm()).item() for x in (change, merged - after))
+    kept = ((merged - before) @ change / change.square().sum()).item()  # rounding has no direction
+    tell("logits", f"changed by {changed:.1%}; merged, by {kept:.1%} of that, and off by {rounded:.1e}")
+    if not 0 < changed < torch.inf:
+        raise PipelineError(f"{adapters[-1]} changes the logits by {changed}: untrained, or not finite")
+    if rounded > min(100 * torch.finfo(base.dtype).eps, 0.1) or not 0.5 < kept < 1.5:
         raise PipelineError(f"merged, {adapters[-1]} is another: that is more than {base.dtype} rounds")
     if args.train_manifest.name:
-        del base, model, merged  # the engine loads its own
+        del base, model  # the engine loads its own
         speak(args, adapters[-1], data, device)
 
 
@@ -286,10 +285,11 @@ def main():
     parser.add_argument("--keep", type=Path, metavar="DIR", help="new or empty, to leave everything in")
     parser.add_argument("--adapter", nargs="+", default=[], help="trainer.py's --output_dir, or checkpoints")
     own, options = parser.parse_known_args()
-    if not options:
+    if not (options or own.adapter):
         return acceptance.accept(own.keep)
     try:
-        args = trainer.parse_args(["--train_manifest=", "--output_dir=listen", *options])
+        optional = ["--output_dir=listen", *["--train_manifest="] * bool(own.adapter)]
+        args = trainer.parse_args([*optional, *options])
         store, device, _, _ = trainer.join_ranks()
         compare(args, store, device, own.adapter) if own.adapter else preflight(args, store, device)
     except PipelineError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from matplotlib.image import imread
 
 import lora
@@ -19,7 +20,7 @@ from dataset import PipelineError
 from tests.test_training import ROOT, run
 
 RUN = dict(base_ckpt="b", train_manifest="m", lora_r=4, lora_alpha=8, seed=1, samples_per_step=16)
-CARD = {"base": "`b`"}, "python trainer.py"
+CARD = {"base": "`b`"}, "python trainer.py", "some/base"
 HOLD = """
 import fcntl, sys, time
 lock = open(sys.argv[1], "w")
@@ -222,6 +223,7 @@ def test_the_card_has_the_command(monkeypatch, tmp_path, ranks, nodes, start):
         (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics(step, step / 3)) + "\n")
         output.write_card(tmp_path, tmp_path, card, step)
     text = (tmp_path / "README.md").read_text()
+    assert ModelCard(text).data.base_model == "bosonai/higgs-audio-v2-generation-3B-base"
     assert f"{start} --train_manifest 'my data.json' --output_dir '{{out}}'\n" in text
     assert "`my data.json`: 1,234 entries, 1 clips of 1.00 hours" in text and "step 1" not in text
     assert "| loss at step 2 | text 0.667, audio 0.667 |" in text

@@ -1,0 +1,19 @@
+"""tests/benchmark.py still runs, and both of its ways compute one loss. What it measures is not tested."""
+
+import json
+import subprocess
+import sys
+
+from tests.test_inputs import ROOT
+
+
+def test_both_ways_compute_one_loss():
+    command = [sys.executable, "tests/benchmark.py", "--json", "--repetitions", "1", "--grad_accum", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    ours, reference = figures["ours"], figures["reference"]
+    assert abs(ours["first loss"] / reference["first loss"] - 1) < 1e-5  # float32 sums in another order
+    assert ours["data wait"] < 1 and ours["imbalance of 8 ranks"] < 0.05 and ours["padding"] >= 0
+    for way in ("ours", "reference"):
+        assert abs(sum(figures[f"where the time goes, {way}"].values()) - 1) < 1e-6
