@@ -65,7 +65,7 @@ def open_base(name):
         settings, _ = PretrainedConfig.get_config_dict(name)
         if settings.get("model_type") != "higgs_audio":
             raise PipelineError(f"--base_ckpt {name} is {settings.get('model_type')}, not higgs_audio")
-        weights = fingerprint([local(name) / "config.json", *local(name).glob("*.safetensors")])
+        weights = fingerprint([(folder := local(name)) / "config.json", *folder.glob("*.safetensors")])
         return HiggsAudioConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name), weights
 
 

@@ -23,6 +23,7 @@ from dataset import PipelineError, blaming
 from lora import fingerprint
 
 CHECKPOINT = "adapter_config.json", "adapter_model.safetensors", "trainer_state.pt"
+FRAME_RATE = 25  # the codec's, 1/s
 
 
 def open_output(output_dir, wanted):
@@ -66,7 +67,7 @@ def describe(args, entries, frames, run, total):
     """What the model card tells of a run before its first step: {row: text}, command, base on the hub."""
     ranks, all_ranks = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     nodes = [f"--nnodes={all_ranks // ranks}"] if all_ranks > ranks else []
-    hours = sum(frames.values()) / 25 / 3600  # the codec has 25 frames a second
+    hours = sum(frames.values()) / FRAME_RATE / 3600
     rows = {"base": f"`{args.base_ckpt}`",
             "data": f"`{args.train_manifest.name}`: {len(entries):,} entries, {len(frames):,} clips of "
                     f"{hours:,.2f} hours",

@@ -32,7 +32,7 @@ import trainer
 from dataset import PipelineError
 from tests import acceptance
 
-FRAME_RATE, SAMPLE_RATE = 25, 24_000  # the codec's, 1/s
+SAMPLE_RATE = 24_000  # the codec's, 1/s
 
 
 def tell(name, text):
@@ -61,7 +61,7 @@ def describe_data(entries, frames):
     references = {clip for references, _ in parts for clip in references}
     targets = {clip for _, targets in parts for clips, _ in targets for clip in clips}
     for name, clips in (("references", references), ("targets", targets)):
-        hours = sum(frames[clip] for clip in clips) / FRAME_RATE / 3600
+        hours = sum(frames[clip] for clip in clips) / output.FRAME_RATE / 3600
         tell(name, f"{hours:,.2f} hours in {len(clips):,} distinct clips")
     texts = collections.defaultdict(list)  # script: characters of each entry
     for entry in entries:
@@ -118,7 +118,7 @@ def suspect(entries, clips, frames, num_workers):
         references, targets = split_clips(entry)
         both = set(references) & {name for names, _ in targets for name in names}
         found += [([i], f"{name[:200]} is both reference and target") for name in both]
-        seconds = sum(frames[name] for names, _ in targets for name in names) / FRAME_RATE
+        seconds = sum(frames[name] for names, _ in targets for name in names) / output.FRAME_RATE
         if seconds:
             rates[i] = sum(len(text) for _, text in targets) / seconds
     usual = np.median(list(rates.values())) if rates else 0

@@ -169,30 +169,40 @@ def imbalance(args, ranks=8):
     return float((loads.max(0) / loads.mean(0)).mean() - 1)
 
 
+def open_data(args, shape, folder, count, device, layers=28):
+    """StepDataset of `count` samples, for a new checkpoint of the shape in `folder`, which becomes args'."""
+    make_checkpoint(folder, shape, device, layers)
+    args.base_ckpt = str(folder)
+    config, tokenizer, _ = lora.open_base(folder)
+    return dataset.StepDataset(*make_samples(folder, count), tokenizer,
+                               lora.build_collator(config, None, True), args.batch_size, args.max_tokens)
+
+
+def forward_saving(model, text_head, batch, counts):
+    """(losses, the tensors that a forward pass keeps for the backward pass, one of each storage)."""
+    saved = {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # alive, or its address would come again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = trainer.loss_sums(*lora.forward(model, batch, text_head), counts, text_head)
+    return losses, saved.values()
+
+
 def count_saved(args, folder):
     """{figure: value}: bytes of saved tensors, without weights, from a model of one layer and of two."""
-    trainer.join_ranks()
-    args.precision, totals = "bf16", []
+    args.precision, totals, cpu = "bf16", [], torch.device("cpu")
     for layers in (1, 2):
-        args.base_ckpt = folder / str(layers)
-        make_checkpoint(args.base_ckpt, "released", torch.device("cpu"), layers)
-        config, tokenizer, _ = lora.open_base(args.base_ckpt)
-        entries, clips = make_samples(args.base_ckpt, args.batch_size)
-        data = dataset.StepDataset(entries, clips, tokenizer, lora.build_collator(config, None, True),
-                                   args.batch_size, None)
+        data = open_data(args, "released", folder / str(layers), args.batch_size, cpu, layers)
         [(batch, counts)] = data[range(args.batch_size), True]
-        model, text_head = lora.build_model(args, torch.device("cpu"))
-        weights, saved = {p.data_ptr() for p in (*model.parameters(), text_head.weight)}, {}
-
-        def note(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                saved[storage.data_ptr()] = storage.nbytes(), tensor  # alive, or its address comes again
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            trainer.loss_sums(*lora.forward(model, batch, text_head), counts, text_head)
-        totals.append(sum(size for size, _ in saved.values()) / counts[-1].item())
+        model, text_head = lora.build_model(args, cpu)
+        _, saved = forward_saving(model, text_head, batch, counts)
+        weights = {weight.data_ptr() for weight in (*model.parameters(), text_head.weight)}
+        kept = [storage for storage in (tensor.untyped_storage() for tensor in saved)
+                if storage.data_ptr() not in weights]
+        totals.append(sum(storage.nbytes() for storage in kept) / counts[-1].item())
     layer = totals[1] - totals[0]
     return {"a position, counted": {"bytes a layer": layer,
                                     "MB in 28 layers": (totals[0] + 27 * layer) / 1e6}}
@@ -200,13 +210,8 @@ def count_saved(args, folder):
 
 def prepare(args, shape, folder, device):
     """(StepDataset, this rank's samples of a step, and in file order: positions with padding, batches)."""
-    make_checkpoint(folder, shape, device)
-    args.base_ckpt = str(folder)
-    config, tokenizer, _ = lora.open_base(folder)
     count, rank = args.batch_size * args.grad_accum, dist.get_rank()
-    entries, clips = make_samples(folder, count * dist.get_world_size())
-    data = dataset.StepDataset(entries, clips, tokenizer, lora.build_collator(config, None, True),
-                               args.batch_size, args.max_tokens)
+    data = open_data(args, shape, folder, count * dist.get_world_size(), device)
     mine = list(range(rank * count, (rank + 1) * count))
     samples = [data.sample(i) for i in mine]
     in_order = [samples[i : i + args.batch_size] for i in range(0, count, args.batch_size)]

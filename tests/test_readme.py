@@ -17,8 +17,7 @@ from tests import acceptance
 from dataset import load_manifest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 ROWS = ["Bit-for-bit preprocessing", "Identical forward kwargs", "Reference audio is heard",
         "Dual loss computation", "DualFFN LoRA targeting", "DDP scaling", "LoRA-only checkpoints",
         "It learns what inference runs"]
