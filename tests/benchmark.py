@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def make_samples(folder, count, seed=0):
         for kind, seconds in (("reference", rng.uniform(3, 8)), ("target", rng.triangular(2, 12, 16))):
             name, file = f"{kind}{i}", folder / f"{kind}{i}.npy"
             np.save(file, rng.integers(0, 1024, (8, round(25 * seconds))).astype(np.int16))
-            clips[name] = (file, [i], {"audio_url": name})
+            clips[name] = file
         text = 2 * tiny_checkpoint.TEXTS[0] * int(rng.integers(2, 5))
         entries.append(tiny_checkpoint.voice_cloning_entry(text, f"reference{i}", f"target{i}"))
         for turn in entries[-1]["messages"]:
@@ -164,18 +165,18 @@ def imbalance(args, ranks=8):
     rng = np.random.default_rng(1)
     lengths = 25 * (rng.triangular(2, 12, 16, 12_800) + rng.uniform(3, 8, 12_800)) + 120
     lengths, size = lengths.astype(int).tolist(), 16 * ranks
-    shares = [dataset.deal_steps(lengths, size, args.seed, rank, ranks, range(100)) for rank in range(ranks)]
-    loads = np.array([[sum(lengths[i] for i in share) for share, _ in steps] for steps in shares])
-    return float((loads.max(0) / loads.mean(0)).mean() - 1)
+    steps = dataset.deal_steps(lengths, size, args.seed, ranks, range(100))
+    loads = np.array([[sum(lengths[i] for i in share) for share, _ in shares] for shares in steps])
+    return float((loads.max(1) / loads.mean(1)).mean() - 1)
 
 
 def open_data(args, shape, folder, count, device, layers=28):
     """StepDataset of `count` samples, for a new checkpoint of the shape in `folder`, which becomes args'."""
     make_checkpoint(folder, shape, device, layers)
     args.base_ckpt = str(folder)
-    config, tokenizer, _ = lora.open_base(folder)
+    config, tokenizer = lora.open_base(folder)
     return dataset.StepDataset(*make_samples(folder, count), tokenizer,
-                               lora.build_collator(config, None, True), args.batch_size, args.max_tokens)
+                               dataset.build_collator([], config, "true"), args.batch_size, args.max_tokens)
 
 
 def forward_saving(model, text_head, batch, counts):
@@ -187,7 +188,7 @@ def forward_saving(model, text_head, batch, counts):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = trainer.loss_sums(*lora.forward(model, batch, text_head), counts, text_head)
+        losses = trainer.forward(model, text_head, batch, counts)
     return losses, saved.values()
 
 
@@ -197,12 +198,12 @@ def count_saved(args, folder):
     for layers in (1, 2):
         data = open_data(args, "released", folder / str(layers), args.batch_size, cpu, layers)
         [(batch, counts)] = data[range(args.batch_size), True]
-        model, text_head = lora.build_model(args, cpu)
+        model, text_head = lora.build_model(args, args.base_ckpt, cpu)
         _, saved = forward_saving(model, text_head, batch, counts)
         weights = {weight.data_ptr() for weight in (*model.parameters(), text_head.weight)}
         kept = [storage for storage in (tensor.untyped_storage() for tensor in saved)
                 if storage.data_ptr() not in weights]
-        totals.append(sum(storage.nbytes() for storage in kept) / counts[-1].item())
+        totals.append(sum(storage.nbytes() for storage in kept) / counts.padded_positions)
     layer = totals[1] - totals[0]
     return {"a position, counted": {"bytes a layer": layer,
                                     "MB in 28 layers": (totals[0] + 27 * layer) / 1e6}}
@@ -219,48 +220,55 @@ def prepare(args, shape, folder, device):
     return data, mine, padded, [data.collate(*zip(*batch), True) for batch in in_order]
 
 
+def distribute(model):
+    """`model` under DDP, as in trainer.main."""
+    return DistributedDataParallel(model, broadcast_buffers=False, init_sync=False,
+                                   gradient_as_bucket_view=True)
+
+
 def our_steps(args, data, mine, device, waits):
     """(a step as trainer.main takes it, what of it is not forward and backward, the text head's width)."""
-    model, text_head = lora.build_model(args, device)
+    model, text_head = lora.build_model(args, args.base_ckpt, device)
     parameters, optimizer, schedule = lora.build_optimizer(model, args, 10**6, {"step": 0})
-    model, go_on = lora.distribute(model), torch.zeros(1)
+    model = distribute(model)
     lengths = [data.sample(i)[0] for i in range(len(data.entries))]
-    trainer.rehearse(model, text_head, data, lengths)
+    trainer.rehearse(args, model, text_head, data, lengths)
     batches = iter(DataLoader(data, batch_size=None, sampler=itertools.repeat((mine, True)),
                               num_workers=args.num_workers, pin_memory=device.type == "cuda",
-                              worker_init_fn=dataset.ignore_signals))
+                              worker_init_fn=trainer.ignore_signals))
     gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=device)
 
     def step():
         began = time.perf_counter()
         micro_batches = next(batches)
         waits.append(time.perf_counter() - began)
-        sums, counts = trainer.compute_gradients(model, text_head, micro_batches, go_on)
-        trainer.update(optimizer, schedule, parameters, args.max_grad_norm)
+        counts, _ = trainer.count_all(micro_batches, False)
+        sums = trainer.compute_gradients(model, text_head, micro_batches, counts)
+        lora.update(optimizer, schedule, parameters, args.max_grad_norm)
         dist.all_reduce(sums)  # from here on in logging steps alone
-        losses = sums.cpu() / counts[:-3]
+        losses = sums.cpu() / counts.labels
         return (losses[0] + losses[1:].mean()).item(), counts
 
     def beside():
-        for tensor in (torch.zeros(12), go_on.max(), gradient, torch.zeros(9, device=device)):
-            dist.all_reduce(tensor)  # of counts, a halt, the gradient, losses
+        for tensor in (torch.zeros(13), gradient, torch.zeros(9, device=device)):
+            dist.all_reduce(tensor)  # of counts and the wish to stop, the gradient, losses
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        return trainer.update(optimizer, schedule, parameters, args.max_grad_norm).item()
+        return lora.update(optimizer, schedule, parameters, args.max_grad_norm).item()
 
     return step, beside, text_head.out_features
 
 
 def reference_step(args, counts, obvious, device):
     """The obvious loop's optimizer step, on a model of its own."""
-    base = lora.load_base(args.base_ckpt, lora.base_dtype(args, device), device)
+    base = lora.load_base(args.base_ckpt, lora.base_dtype(args.precision, device), device)
     plain = lora.attach(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed).train()
     parameters, optimizer, schedule = lora.build_optimizer(plain, args, 10**6, {"step": 0})
-    model = lora.distribute(plain)
+    model = distribute(plain)
 
     def step():
-        loss = reference_gradients(model, obvious, counts[:-3])
-        trainer.update(optimizer, schedule, parameters, args.max_grad_norm)
+        loss = reference_gradients(model, obvious, counts.labels)
+        lora.update(optimizer, schedule, parameters, args.max_grad_norm)
         return loss, counts
 
     return step
@@ -269,29 +277,29 @@ def reference_step(args, counts, obvious, device):
 def summary(runs, width):
     """Figures of one way's runs [((loss, counts), seconds, bytes)]; width: its positions with padding."""
     (loss, counts), _, _ = runs[0]
-    seconds, (samples, positions, _) = statistics.median(took for _, took, _ in runs), counts[-3:].tolist()
+    seconds = statistics.median(took for _, took, _ in runs)
     return {"ms per step": 1e3 * seconds, "slowest": 1e3 * max(took for _, took, _ in runs),
-            "samples/s": samples / seconds, "positions/s": positions / seconds,
-            "padding": 1 - positions / width,
+            "samples/s": counts.samples / seconds, "positions/s": counts.positions / seconds,
+            "padding": 1 - counts.positions / width,
             "first loss": loss, "memory above the model, GB": max(memory for *_, memory in runs) / 1e9}
 
 
 def measure(args, shape, repetitions, folder):
     """{way: {figure: value}} of one optimizer step; ours and, on one rank, the reference, alternating."""
-    _, device, _, world_size = trainer.join_ranks()
+    device, _, world_size = trainer.join_ranks()
     data, mine, padded, obvious = prepare(args, shape, folder, device)
     waits = []
     step, beside, vocab = our_steps(args, data, mine, device, waits)
     ways = {"ours": step, "beside": beside}
     if world_size == 1:
-        ways["reference"] = reference_step(args, sum(counts for _, counts in obvious), obvious, device)
+        ways["reference"] = reference_step(args, dataset.add_up(c for _, c in obvious), obvious, device)
     runs = {name: [] for name in ways}
     for i in range(repetitions + 1):  # the first lays out buckets and caches
         for name, function in ways.items():
             run = timed(function, device)
             print(f"{i}: {name} took {run[1]:.2f} s", file=sys.stderr)
             runs[name] += [run] if i else []
-    figures = {"ours": summary(runs["ours"], runs["ours"][0][0][1][-1].item())}
+    figures = {"ours": summary(runs["ours"], runs["ours"][0][0][1].padded_positions)}
     took = statistics.median(took for _, took, _ in runs["beside"])
     figures["ours"]["beside forward and backward"] = took / figures["ours"]["ms per step"] * 1e3
     figures["ours"]["data wait"] = statistics.median(waits[1:]) / figures["ours"]["ms per step"] * 1e3

@@ -13,11 +13,9 @@ os.environ.update(HF_HOME=f"{FOLDER}/huggingface", HF_HUB_OFFLINE="1", TOKENIZER
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import dataset  # noqa: E402
 import lora  # noqa: E402
 import trainer  # noqa: E402
 from tests import tiny_checkpoint  # noqa: E402
-
 
 def pytest_collection_modifyitems(items):
     """Fast tests first: those that start torchrun or train come last."""
@@ -52,9 +50,9 @@ def open_data(tiny, tmp_path_factory):
             f"--train_manifest={manifest}", f"--base_ckpt={model or tiny / 'model'}",
             f"--audio_tokenizer={tiny / 'codec'}", f"--output_dir={tmp_path_factory.mktemp('out')}", *flags])
         cpu = torch.device("cpu")
-        entries, clips, codec, tokenizer, collator, _ = lora.open_inputs(args, cpu)
-        trainer.encode_missing(list(clips.values()), codec, cpu, 0, torch.distributed.HashStore())
-        return dataset.StepDataset(entries, clips, tokenizer, collator, args.batch_size, args.max_tokens)
+        inputs = trainer.open_inputs(args, cpu)
+        trainer.encode_missing(inputs, cpu)
+        return inputs.data
     return open_data
 
 

@@ -6,7 +6,6 @@ import sys
 
 from tests.test_inputs import ROOT
 
-
 def test_both_ways_compute_one_loss():
     command = [sys.executable, "tests/benchmark.py", "--json", "--repetitions", "1", "--grad_accum", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

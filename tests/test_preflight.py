@@ -1,7 +1,7 @@
 """validate_pipeline.py on the user's own data: what it tells, what it suspects, what it refuses."""
 
-import base64
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +11,6 @@ import soundfile
 
 from tests.test_inputs import ROOT
 from tests.tiny_checkpoint import TEXTS, speech_like, voice_cloning_entry
-
 
 def preflight(tiny, entries, *flags):
     """(exit code, what it printed)."""
@@ -46,26 +45,27 @@ def test_what_the_data_holds_and_what_is_doubtful(tiny, doubtful):
     lines = told.splitlines()
     assert code == 0, told
     for line in ("entries     8 (1 with a start_index), 7 distinct clips",
-                 "references  0.00 hours in 2 distinct clips", "targets     0.00 hours in 6 distinct clips",
-                 "text        arabic: 2 entries of 19 to 25 characters, median 22",
-                 "text        no letters: 1 entries of 0 to 0 characters, median 0"):
+                 "references  1.8 seconds in 2 distinct clips",
+                 "targets     6.6 seconds in 6 distinct clips"):
         assert line in lines
-    assert sum(line.startswith("positions ") for line in lines) == 10
+    assert 2 <= sum(line.startswith("positions ") for line in lines) <= 10
     assert any(line.startswith("1 GPU       2 optimizer steps an epoch of 4 samples") for line in lines)
     assert any(line.startswith("8 GPUs      1 optimizer steps an epoch of 32 samples") for line in lines)
     assert f"{TEXTS[0]}<|eot_id|>" in told  # the prompt; the reply is its clip, and its end
     trained = "and trained on '<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>': 3 labels of text, 31"
     assert trained in told and "trainable   204,800 parameters" in told
-    assert "reference   of entry 0 is heard as codes (backwards it changes the last hidden state by " in told
-    assert "largest     micro-batch: 2 samples, " in told and told.count(" hours an epoch on ") == 2
-    doubts = {line.split(":")[0].strip(): line for line in lines[lines.index(next(filter(
+    assert "reference   of entry 0 is heard as codes" in lines
+    assert "largest     micro-batch: 2 samples, " in told and told.count(" seconds an epoch\n") == 2
+    memory = float(re.search(r"([\d.]+) GB peak memory", told)[1])
+    assert 0.1 < memory < 2  # of the forward and backward, not of the codec before them
+    doubts = {line.split(": ")[0].strip(): line for line in lines[lines.index(next(filter(
         lambda line: line.startswith("worth a look"), lines))) + 1 : -1]}
-    for entry, doubt in (("entry 2", "clips/silent.wav ends in 0.6"),
-                         ("entry 3", "clips/clipped.wav is clipped: "),
+    for where, doubt in ((f"{tiny}/clips/silent.wav", "ends in 0.6"),
+                         (f"{tiny}/clips/clipped.wav", "is clipped: "),
                          ("entry 4", "clips/voice_b.wav is both reference and target"),
                          ("entry 5", "its text has 186.5 characters a second of its clip, "),
                          ("entry 6", "its text has 0.0 characters a second of its clip, ")):
-        assert doubt in doubts.pop(entry)
+        assert doubt in doubts.pop(where)
     assert not doubts and lines[-1] == "ready for trainer.py with the same options"
 
 
@@ -75,24 +75,22 @@ def test_references_in_other_layouts_and_deaf_ones(tiny, entries):
     replies = [{"role": "assistant", "content": {"audio_url": f"clips/{name}.wav"}}
                for name in ("voice_a", "target_a")]
     asked = {"role": "user", "content": "hello"}
-    inline = base64.b64encode((tiny / "clips/voice_a.wav").read_bytes()).decode()
-    replies[0]["content"] = {"audio_url": "placeholder", "raw_audio": inline}
     turns = [asked, replies[0], asked, replies[1]]
     code, told = preflight(tiny, [{"messages": turns, "start_index": 3}])
-    assert code == 0 and "of entry 0 is heard as an earlier reply (backwards it changes" in told
+    assert code == 0 and "of entry 0 is heard as an earlier reply\n" in told
 
 
 def test_text_alone_is_legal(tiny):
     code, told = preflight(tiny, [{"messages": [{"role": "user", "content": "hello"},
                                                 {"role": "assistant", "content": "good day"}]}])
-    assert code == 0 and "reference   there is none" in told and "targets     0.00 hours in 0" in told
+    assert code == 0 and "reference   there is none" in told and "targets     0.0 seconds in 0" in told
 
 
 def test_what_is_to_be_fixed_ends_the_list(tiny, entries):
     """A broken manifest is told before anything is loaded; its exit code is 1, and there is no traceback."""
     missing = voice_cloning_entry("hello", "clips/voice_a.wav", "clips/none.wav")
     code, told = preflight(tiny, [*entries, missing, {"messages": []}])
-    said = told[told.index("to fix first:") :].splitlines()
-    assert code == 1 and "Traceback" not in told and said[1].endswith("preflight.json: 2 problem(s)")
-    assert said[2].startswith(f"  entry 3: messages[2]: {tiny}/clips/none.wav: no such file")
-    assert said[3] == "  entry 4: has no assistant turn at or after start_index 0; nothing would be trained"
+    said = told[told.index("error: ") :].splitlines()
+    assert code == 1 and "Traceback" not in told and said[0].endswith("preflight.json: 2 problem(s)")
+    assert said[1].startswith(f"  entry 3: messages[2]: {tiny}/clips/none.wav: no such file")
+    assert said[2] == "  entry 4: has no assistant turn at or after start_index 0; nothing would be trained"

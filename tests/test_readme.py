@@ -13,8 +13,8 @@ import pytest
 
 import trainer
 import validate_pipeline
-from tests import acceptance
 from dataset import load_manifest
+from tests import acceptance
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from huggingface_hub import ModelCard
-from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
@@ -43,7 +42,7 @@ def test_epoch_two_trains_the_labels_of_epoch_one(open_data, entries):
     data = open_data(entries)
     first, second = (data[[0, 1, 2], True] for _ in range(2))
     for (batch, counts), (again, counts_again) in zip(first, second, strict=True):
-        assert torch.equal(counts, counts_again) and counts[1] > 0
+        assert torch.equal(counts.labels, counts_again.labels) and counts.labels[1] > 0
         assert torch.equal(batch["label_audio_ids"], again["label_audio_ids"])
         assert torch.equal(batch["label_ids"], again["label_ids"])
 
@@ -55,16 +54,16 @@ def test_epoch_two_trains_the_labels_of_epoch_one(open_data, entries):
 def test_only_the_trained_reply_is_labelled(open_data, name, text, clips):
     """Catches a masked turn with loss, a reply without, and an end of stream that is not trained."""
     [(batch, counts)] = open_data([LAYOUTS[name]])[[0], True]
-    assert counts[0] == text
+    assert counts.labels[0] == text
     if not clips:
-        assert counts[1:-3].sum() == 0 and batch["label_audio_ids"].numel() == 0
+        assert counts.labels[1:].sum() == 0 and batch["label_audio_ids"].numel() == 0
         return
     starts = [*batch["audio_out_ids_start"].tolist(), batch["label_audio_ids"].shape[1]]
     trained = [(batch["label_audio_ids"][:, a:b] != -100).sum(1) for a, b in zip(starts, starts[1:])]
     assert sum(bool(labels.any()) for labels in trained) == clips  # the masked one is there, unlabelled
     frames = [b - a - 9 for a, b in zip(starts, starts[1:])]
     expected = sum(n + 1 for n, labels in zip(frames, trained) if labels.any())  # every frame, and the end
-    assert counts[1:-3].tolist() == [expected] * 8
+    assert counts.labels[1:].tolist() == [expected] * 8
 
 
 def test_counts_are_those_of_the_forward(open_data, lora_model):
@@ -72,10 +71,11 @@ def test_counts_are_those_of_the_forward(open_data, lora_model):
     data = open_data(list(LAYOUTS.values()), "--batch_size=3")
     for batch, counts in data[list(range(len(LAYOUTS))), True]:
         outputs = lora_model(**batch)
-        assert counts[0] == (outputs.expanded_labels[:, 1:] != -100).sum()
-        assert counts[-3:].tolist() == [len(batch["input_ids"]), counts[-2], outputs.logits[..., 0].numel()]
+        assert counts.labels[0] == (outputs.expanded_labels[:, 1:] != -100).sum()
+        assert counts.samples == len(batch["input_ids"])
+        assert counts.padded_positions == outputs.logits[..., 0].numel()
         positions = outputs.attention_mask.sum(1)  # (B,); ours are rounded up to 8, as upstream pads
-        assert counts[-2] == (-(-positions // 8) * 8).sum()
+        assert counts.positions == (-(-positions // 8) * 8).sum()
 
 
 def count_saved(*arguments):
@@ -94,7 +94,7 @@ def test_checkpointing_changes_memory_alone(tiny, open_data, entries, precision)
     for flags in ([], ["--gradient_checkpointing"]):
         args = trainer.parse_args([f"--base_ckpt={tiny}/model", "--train_manifest=a", "--output_dir=b",
                                    f"--precision={precision}", "--lora_dropout=0", *flags])
-        model, text_head = lora.build_model(args, torch.device("cpu"))
+        model, text_head = lora.build_model(args, tiny / "model", torch.device("cpu"))
         losses, number = count_saved(model, text_head, batch, counts)
         losses.sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
@@ -109,7 +109,7 @@ def test_checkpointing_changes_memory_alone(tiny, open_data, entries, precision)
 def test_a_sample_that_is_not_trained_has_no_label_and_zero_gradient(open_data, entries, lora_model):
     """What a rank without a sample runs: catches NaN from an empty sum, and a gradient that is missing."""
     [(batch, counts)] = open_data(entries)[[0], False]
-    assert counts[:-2].sum() == 0
+    assert counts.labels.sum() == 0 and counts.samples == 0
     head = lora.take_text_head(lora_model.get_base_model())
     trainer.loss_sums(lora_model(**batch), batch, counts, head).sum().backward()
     gradients = [p.grad for p in lora_model.parameters() if p.requires_grad]
@@ -123,10 +123,10 @@ def test_a_gradient_that_is_not_finite_is_not_applied(gradient):
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     weight.grad = torch.tensor([1.0, gradient, 1.0])
-    assert not trainer.update(optimizer, schedule, [weight], 1.0).isfinite()
+    assert not lora.update(optimizer, schedule, [weight], 1.0).isfinite()
     assert torch.equal(weight, torch.ones(3)) and not optimizer.state[weight]["exp_avg"].any()
     weight.grad = torch.ones(3)
-    assert trainer.update(optimizer, schedule, [weight], 1.0).isfinite() and (weight < 1).all()
+    assert lora.update(optimizer, schedule, [weight], 1.0).isfinite() and (weight < 1).all()
 
 
 @pytest.mark.parametrize("overrides, modules", [
@@ -164,18 +164,14 @@ def test_every_layout_trains(tiny, tmp_path):
     assert np.isfinite([step["loss"], step["grad_norm"]]).all() and 0 <= step["padding"] < 0.5
     assert step["loss"] == pytest.approx(step["text_loss"] + np.mean(step["audio_loss_per_codebook"]))
     board = EventAccumulator(str(tmp_path / "runs")).Reload().Tags()
-    curves = set(step) - {"step", "audio_loss_per_codebook"} | {f"codebook_{k}" for k in range(8)}
+    curves = set(step) - {"step", "audio_loss_per_codebook"}
     assert set(board["scalars"]) == curves and not board["histograms"] and not board["images"]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == f"{tiny}/model"
-    card = ModelCard.load(tmp_path / "README.md")  # as the hub reads it
-    assert card.data.library_name == "peft" and card.data.base_model is None  # a folder is none for it
-    assert card.data.pipeline_tag == "text-to-speech" and "lora" in card.data.tags
-    for line in ("| data | `layouts.jsonl`: 5 entries, 3 clips of 0.00 hours |", "| this adapter | step 1 |",
-                 f"| loss at step 1 | text {step['text_loss']:.3f}, audio {step['audio_loss']:.3f} |",
-                 f"\npython trainer.py --base_ckpt {tiny}/model "):
-        assert line in card.text
-    assert (tmp_path / "loss.png").read_bytes() and imread(tmp_path / "loss.png").shape == (800, 1200, 4)
+    assert config["revision"] is None  # a folder has none
+    flags = json.loads((tmp_path / "args.json").read_text())
+    assert flags["train_manifest"] == str(manifest) and flags["max_tokens"] == 300
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "peft"  # PEFT's own
 
 
 def test_a_resumed_run_ends_where_the_straight_one_does(tiny, tmp_path):
@@ -187,7 +183,7 @@ def test_a_resumed_run_ends_where_the_straight_one_does(tiny, tmp_path):
     assert kept == ["checkpoint-4", "checkpoint-6"]
     shutil.copytree(tmp_path / "straight/checkpoint-4", tmp_path / "resumed/checkpoint-4")
     resumed = run(tiny, tmp_path / "resumed", *flags, "--resume_from_checkpoint", "auto")
-    assert [step["loss"] for step in resumed] == [step["loss"] for step in straight[4:]]
+    assert [step["loss"] for step in resumed] == [step["loss"] for step in straight]
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes()
                for name in ("straight", "resumed")]
     assert weights[0] == weights[1]

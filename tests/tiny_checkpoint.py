@@ -25,7 +25,7 @@ SAMPLE_RATE = 24_000
 SPECIAL_TOKENS = [f"<|{name}|>" for name in """
     begin_of_text end_of_text finetune_right_pad_id start_header_id end_header_id eom_id eot_id python_tag
     audio_bos audio_eos audio_out_bos AUDIO AUDIO_OUT recipient scene_desc_start scene_desc_end
-    generation_instruction_start generation_instruction_end""".split()]
+    generation_instruction_start generation_instruction_end""".split()]  # noqa: SIM905
 SPECIAL_TOKENS += ["<SE>", "</SE>", "<SE_s>", "</SE_s>", "<SE_e>", "</SE_e>"]
 SYSTEM = "Generate speech in the voice of the reference audio."
 TEXTS = ("صباح الخير يا صديقي", "أين تقع المكتبة؟")
