@@ -1,6 +1,7 @@
 """The README's commands: those on the embedded default run as printed, the others must parse."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -17,7 +18,8 @@ from dataset import load_manifest
 from tests import acceptance
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 ROWS = ["Bit-for-bit preprocessing", "Identical forward kwargs", "Reference audio is heard",
         "Dual loss computation", "DualFFN LoRA targeting", "DDP scaling", "LoRA-only checkpoints",
         "It learns what inference runs"]
@@ -63,7 +65,35 @@ def test_commands_for_the_released_checkpoint_parse():
     checkpointing = [args.gradient_checkpointing for _, args in parsed]
     assert checkpointing == [False, False, False, False, True, True, False, False]
     [tried] = [line for text in blocks("bash", "tiny/") for line in text.splitlines() if "lora.py" in line]
-    assert merge[::2] == shlex.split(tried)[2::2]  # the same options as the one that runs below
+    assert merge[1::2] == shlex.split(tried)[3::2]  # the same options as the one that runs below
+
+
+def test_what_a_run_costs():
+    """The table of hours, steps and times is its formula's, and so are the steps told for little data."""
+    number = {"thousand": 1e3, "million": 1e6, "minutes": 60, "s": 1, "hour": 60, "hours": 60, "MB": 1}
+
+    def read(cell):
+        value, _, unit = cell.partition(" ")
+        return float(value.replace(",", "")) * number.get(unit, 1)
+
+    rows = re.findall(r"^\| (\d+ (?:minutes|hours?)) (.*) \|$", README, re.MULTILINE)
+    assert len(rows) == 4
+    for speech, cells in rows:
+        minutes = read(speech) / (60 if "minutes" in speech else 1)
+        samples, steps, positions, on_one, on_eight, cache = cells.strip("| ").split(" | ")
+        assert read(samples) == int(0.95 * minutes * 60 / 7.2)
+        assert read(steps) == 2 * math.ceil(read(samples) / 128)
+        expected = 2 * read(samples) * 480
+        assert read(positions) == pytest.approx(expected, rel=0.1)
+        seconds = expected * 4 * 2.8e9 / (0.4 * 990e12)
+        assert read(on_one) == pytest.approx(seconds, rel=0.1)
+        if on_eight == "under 1 s":
+            assert seconds < 8
+        else:
+            assert read(on_eight) == pytest.approx(seconds / 8, rel=0.25)
+        assert read(cache) == pytest.approx(minutes * 60 * 25 * 8 * 2 / 1e6, rel=0.2)  # 16 bits a code
+    assert 10 * math.ceil(79 / 2) == 400 and "`--grad_accum 1\n--epochs 10` on one GPU makes 400" in README
+    assert 5 * math.ceil(475 / 8) == 300 and "--grad_accum 4 --epochs 5" in README
 
 
 def test_the_manifest_is_one(tiny):
@@ -128,8 +158,8 @@ def make_hub(tiny):
 
 
 def test_the_answer_is_heard(clone, step_by_step):
-    """The listening script: upstream's engine on the merged folder; 30 frames are 1.2 s. Then, as its comments
-    say, from the hub's names with the adapter unmerged: the same. The second layout is ChatML, too.
+    """The listening script: upstream's engine on the merged folder; 30 frames are 1.2 s. Then, as its
+    comments say, from the hub's names with the adapter unmerged: the same. The second layout is ChatML, too.
     """
     folder, environment = clone
     hub = {"HF_HOME": f"{folder}/tiny/huggingface", "HF_HUB_OFFLINE": "1"}
@@ -137,7 +167,7 @@ def test_the_answer_is_heard(clone, step_by_step):
     make_hub(folder / "tiny")
     loads, prompts, speaks = re.split(r"^(voice, .*?)(?=^answer)", script, flags=re.MULTILINE | re.DOTALL)
     from_hub = re.sub("^# ", "", loads, flags=re.MULTILINE).replace('"out"', '"tiny/adapter"')
-    assert from_hub.count("\nmodel = snapshot_download(") == from_hub.count("\ncodec = snapshot_download(") == 1
+    assert from_hub.count("\nmodel = snapshot_") == from_hub.count("\ncodec = snapshot_") == 1
     both = f"{script}\n{from_hub}{prompts}{speaks}"
     done = run_in(folder, environment | hub, sys.executable, "-c", both)
     assert done.returncode == 0, done.stderr
