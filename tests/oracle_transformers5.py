@@ -1,22 +1,19 @@
 """An independent oracle: the loss of transformers' own port of this model (fidelity, property 7).
 
-boson_multimodal needs transformers before 4.47, the port came with 5: it takes another environment. From the
-repository's folder, in its own environment (two minutes for the first two lines, 20 seconds for the third):
+    python -m tests.oracle_transformers5
 
-    python3 -m venv /tmp/oracle
-    /tmp/oracle/bin/pip install torch==2.11.0 'transformers>=5' safetensors
-    python -m tests.oracle_transformers5 /tmp/oracle/bin/python
+It needs another transformers than boson_multimodal does: tests/transformers5.py installs that for a while,
+and converts the weights (80 seconds on two CPU cores, most of them for the installation).
 
 Our half makes a random tiny checkpoint, puts LoRA on it, collates samples and computes the trainer's loss.
-It hands over the merged weights, the samples' token ids before expansion and their codes before the delay
-pattern. The port, HiggsAudioV2ForConditionalGeneration in the other Python, gets its inputs from them by
+It hands over the merged model, the samples' token ids before expansion and their codes before the delay
+pattern. The port, HiggsAudioV2ForConditionalGeneration in the other process, gets its inputs from them by
 the rules of its own HiggsAudioV2Processor. Two differences are accounted for: the port sums over codebooks
 where we take the mean, and it does not train the end of stream. Its processor would also label the system
 and user turns, and not <|audio_out_bos|>; here it is given our text labels.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,10 +21,11 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+
+from tests import transformers5
 
 EOS = 1025  # audio_stream_eos_id
-CLIP_LENGTHS = dict(reference_a=20, reference_b=13, target_a=40, target_b=9, target_c=28)  # frames
+CLIP_LENGTHS = {"reference_a": 20, "reference_b": 13, "target_a": 40, "target_b": 9, "target_c": 28}  # frames
 
 
 def make_entries(folder):
@@ -62,7 +60,7 @@ def our_half(folder):
     entries = make_entries(folder)
     assert not [problem for entry in entries for problem in dataset.check_entry(entry, str(folder))]
     clips = {name: (name,) for entry in entries for _, _, name in dataset.clips_of(entry)}
-    config, tokenizer = lora.open_base(folder / "model")
+    config, tokenizer, _ = lora.open_base(folder / "model")
     collator = lora.build_collator(config, None, return_audio_in_tokens=True)
     data = dataset.StepDataset(entries, clips, tokenizer, collator, batch_size=len(entries), max_tokens=None)
 
@@ -81,26 +79,12 @@ def our_half(folder):
     codebooks = sums / (labels[:, 1:] != -100).sum(1)  # (num_codebooks,)
 
     model.get_base_model().audio_decoder_proj.text_lm_head = text_head
-    save_file(model.merge_and_unload().state_dict(), folder / "merged.safetensors")
+    model.merge_and_unload().save_pretrained(folder / "merged")
+    tokenizer.save_pretrained(folder / "merged")
     fields = ("input_ids", "label_ids", "audio_ids_concat", "audio_ids_start")
     samples = [vars(data.sample(i)[1]) for i in range(len(entries))]
     torch.save([{field: sample[field] for field in fields} for sample in samples], folder / "samples.pt")
     return trained[0].item(), codebooks.sum().item(), trained[1:].mean().item()
-
-
-def port_config(settings):
-    """The port's configuration from boson_multimodal's config.json."""
-    from transformers import HiggsAudioV2Config
-
-    text = settings["text_config"]
-    shared = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"]
-    return HiggsAudioV2Config(
-        **{name: text[name] for name in shared}, pad_token_id=settings["pad_token_id"],
-        rope_parameters={**text["rope_scaling"], "rope_theta": text["rope_theta"]},
-        num_codebooks=settings["audio_num_codebooks"], codebook_size=settings["audio_codebook_size"] + 2,
-        audio_token_id=settings["audio_out_token_idx"], audio_bos_token_id=settings["audio_out_bos_token_id"],
-        audio_delay_token_id=text["vocab_size"] - 1, eos_token_id=None)  # spare; its other name for a frame
 
 
 def port_inputs(samples, settings):
@@ -135,37 +119,29 @@ def port_inputs(samples, settings):
         torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding)
         for column, padding in zip(zip(*rows), (settings["pad_token_id"], -100, 0)))  # (B, T)
     audio_ids, audio_labels = torch.cat(frames)[None], torch.cat(frame_labels)[None]  # (1, A, num_codebooks)
-    batch = dict(input_ids=input_ids, attention_mask=attention_mask, audio_input_ids=audio_ids,
-                 audio_input_ids_mask=torch.ones(audio_ids.shape[:2], dtype=torch.bool))
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "audio_input_ids": audio_ids,
+             "audio_input_ids_mask": torch.ones(audio_ids.shape[:2], dtype=torch.bool)}
     return batch, labels, audio_labels
 
 
 def port_half(folder):
-    """In the other Python: print the port's text loss and audio loss."""
-    from transformers import HiggsAudioV2ForConditionalGeneration
-
-    settings = json.loads((folder / "model" / "config.json").read_text())
-    names = {"audio_codebook_embeddings.": "model.embed_audio_tokens.embed_audio_tokens.",
-             "embed_tokens.": "model.embed_tokens.", "layers.": "model.layers.", "norm.": "model.norm.",
-             "audio_decoder_proj.": ""}
-    weights = {}
-    for name, value in load_file(folder / "merged.safetensors").items():
-        prefix = next(prefix for prefix in names if name.startswith(prefix))
-        weights[names[prefix] + name[len(prefix):]] = value
-    model = HiggsAudioV2ForConditionalGeneration(port_config(settings), use_text_head=True).eval()
-    model.load_state_dict(weights)  # strict: every weight has its place
+    """In the other process: write the port's text loss and audio loss."""
+    model, _ = transformers5.open_base(folder / "merged")
+    settings = json.loads((folder / "merged/config.json").read_text())
     batch, labels, audio_labels = port_inputs(torch.load(folder / "samples.pt"), settings)
     with torch.no_grad():
         text = model(**batch, labels=labels).loss
         audio = model(**batch, audio_labels=audio_labels).loss
-    print(json.dumps([text.item(), audio.item()]))
+    torch.save([text.item(), audio.item()], folder / "losses.pt")
 
 
-def main(python):
+def main():
     with tempfile.TemporaryDirectory() as folder:
-        text, audio, as_trained = our_half(Path(folder))
-        command = [python, __file__, "port", folder]
-        port_text, port_audio = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        folder = Path(folder)
+        transformers5.install(transformers5.DEFAULT_VERSION, folder / "packages")
+        text, audio, as_trained = our_half(folder)
+        transformers5.run_beside(folder / "packages", "tests.oracle_transformers5", "port", folder)
+        port_text, port_audio = torch.load(folder / "losses.pt")
     errors = abs(text / port_text - 1), abs(audio / port_audio - 1)
     print(f"text loss: ours {text:.6f}, the port's {port_text:.6f}, relative error {errors[0]:.1e}")
     print(f"audio loss, summed over codebooks, without the end of stream: ours {audio:.6f}, "
@@ -176,4 +152,7 @@ def main(python):
 
 
 if __name__ == "__main__":
-    port_half(Path(sys.argv[2])) if sys.argv[1] == "port" else main(sys.argv[1])
+    if sys.argv[1:2] == ["port"]:
+        port_half(Path(sys.argv[2]))
+    else:
+        main()

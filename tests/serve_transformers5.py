@@ -1,0 +1,277 @@
+"""One adapter, heard in two engines: boson_multimodal's, where it was trained, and transformers 5's.
+
+    python -m tests.serve_transformers5 [DIR] [--transformers VERSION]
+
+DIR is what `validate_pipeline.py --keep DIR` left; DIR/transformers5 is added to it. Without it a tiny
+checkpoint is made and an adapter trained first. What the README says of transformers 5 is then run with the
+README's own lines: they speak each entry, and merge. The last rows make a mistake in them on purpose, which
+must show. Exit code 1 where a row fails. Two other processes do the work, in a folder where `tiny` is DIR:
+"boson" with boson_multimodal, "port" with transformers 5 (tests/transformers5.py).
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import soundfile
+import torch
+from safetensors.torch import load_file
+
+from tests import transformers5
+
+ROOT = transformers5.ROOT
+BOS, EOS = 1024, 1025  # audio_stream_bos_id, audio_stream_eos_id
+FRAME_RATE = 25
+TOLERANCE = 1e-4  # of logits that span 20, in float32
+REFERENCE, TEXT = "tiny/clips/voice_a.wav", "صباح الخير يا صديقي"  # entry 0, as the README's lines have it
+OTHER_LAYOUT = {"messages": [
+    {"role": "user", "content": "أين تقع المكتبة؟"},
+    {"role": "assistant", "content": [{"type": "audio", "audio_url": "tiny/clips/voice_b.wav"}]},
+    {"role": "user", "content": "صباح الخير يا صديقي"},
+    {"role": "assistant", "content": [{"type": "audio", "audio_url": "tiny/clips/target_a.wav"}]}]}
+
+
+def run(*command, hub):
+    """Run a command as a user would, with the tiny HuBERT in the folder `hub`; shown where it fails."""
+    environment = os.environ | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"FAILED: {' '.join(command)}\n{done.stdout}\n{done.stderr}")
+
+
+def make_tiny(folder):
+    """A tiny checkpoint in `folder`, and in folder/out an adapter that knows its three entries by heart."""
+    hub = folder / "huggingface"
+    folder.mkdir()
+    run("-m", "tests.tiny_checkpoint", folder, hub=hub)
+    run("trainer.py", "--train_manifest", folder / "train.json", "--base_ckpt", folder / "model",
+        "--audio_tokenizer", folder / "codec", "--output_dir", folder / "out", "--lora_dropout", 0,
+        "--lr", 5e-3, "--batch_size", 3, "--grad_accum", 1, "--max_steps", 120, "--save_steps", 120, hub=hub)
+
+
+def read_entries():
+    """The manifest's entries, their clips' paths as from this folder."""
+    entries = json.loads(Path("tiny/train.json").read_text(encoding="utf-8"))
+    for entry in entries:
+        for turn in entry["messages"]:
+            for part in turn["content"]:
+                if "audio_url" in part:
+                    part["audio_url"] = f"tiny/{part['audio_url']}"
+    return entries
+
+
+def boson_half():
+    """Write what upstream's engine makes of each entry: its target's codes, and logits with the adapter."""
+    import librosa
+    from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
+    from loguru import logger
+    from peft import PeftModel
+
+    logger.disable("boson_multimodal")  # it tells each of its steps
+    engine = HiggsAudioServeEngine("tiny/model", "tiny/codec", device="cpu", torch_dtype=torch.float32)
+    engine.collator.return_audio_in_tokens = True
+    model = PeftModel.from_pretrained(engine.model, "tiny/out").eval()
+    expected = []
+    for entry in [*read_entries(), OTHER_LAYOUT]:
+        [reply] = entry["messages"][-1]["content"]
+        wave, rate = librosa.load(reply["audio_url"], sr=engine.audio_tokenizer.sampling_rate)
+        codes = engine.audio_tokenizer.encode(wave, rate).squeeze(0)  # (num_codebooks, T)
+        with torch.no_grad():
+            logits = model(**engine._prepare_inputs(entry)).audio_logits  # (frames, num_codebooks, 1026)
+        delayed = codes.shape[1] + len(codes) + 1  # BOS and EOS added, and the last codebook's delay
+        expected.append({"codes": codes, "logits": logits[-delayed:].flatten(1)})
+    torch.save(expected, "expected.pt")
+
+
+def readme_script(having):
+    """The README's Python lines with a certain word in them."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    [script] = [block for block in blocks if having in block]
+    return script
+
+
+def edited(script, old, new):
+    """The README's lines with one thing in them replaced; `old` must be there, once."""
+    assert script.count(old) == 1, f"{old!r} is not in the README's lines, or more than once"
+    return script.replace(old, new)
+
+
+def speak(script):
+    """Run the README's lines; returns all that they have set."""
+    names = {}
+    with torch.no_grad():
+        exec(script, names)
+    return names
+
+
+def generated_codes(spoken):
+    """(codes (num_codebooks, T) without delay, whether the clip ended by itself) of the README's `frames`."""
+    frames = spoken["frames"][0]  # (prompt and answer, num_codebooks)
+    start = (frames == BOS).all(1).nonzero()[-1, 0]  # where the answer begins
+    stopped = bool((frames[-1] == EOS).all())
+    return spoken["processor"].revert_delay_pattern(frames[start + 1 : -1]).T, stopped
+
+
+def port_messages(entry):
+    """Boson's messages as the port's processor takes them."""
+    messages = []
+    for turn in entry["messages"]:
+        parts = []
+        if isinstance(turn["content"], str):
+            parts.append({"type": "text", "text": turn["content"]})
+        else:
+            for part in turn["content"]:
+                if part["type"] == "audio":
+                    parts.append({"type": "audio", "url": part["audio_url"]})
+                else:
+                    parts.append(part)
+        messages.append({"role": turn["role"], "content": parts})
+    return messages
+
+
+def reply_logits(spoken, messages):
+    """The port's logits on the frames of the last clip, teacher-forced: (frames, num_codebooks * 1026)."""
+    inputs = spoken["processor"].apply_chat_template(
+        messages, chat_template=spoken["template"], tokenize=True, return_dict=True, return_tensors="pt")
+    model = spoken["model"]
+    with torch.no_grad():
+        logits = model(**inputs.to(model.device)).logits[0]
+    clips = [model.config.audio_token_id, model.config.audio_delay_token_id]
+    return logits[torch.isin(inputs["input_ids"][0], torch.tensor(clips))]
+
+
+def difference(logits, expected):
+    """The largest difference of the last frames' logits."""
+    return (logits[-len(expected):] - expected).abs().max().item()
+
+
+def share(codes, target):
+    """How many of the codes are the target's: 0 where there are more, or fewer."""
+    if codes.shape != target.shape:
+        return 0.0
+    return (codes == target).float().mean().item()
+
+
+def check_entries(script, entries, expected):
+    """Rows of what the README's lines make of each entry, with its reference and text in them."""
+    shares, stops, seconds, errors = [], [], [], []
+    for entry, target in zip(entries, expected, strict=True):
+        messages = port_messages(entry)
+        reference, text = messages[1]["content"]
+        spoken = speak(edited(edited(script, REFERENCE, reference["url"]), TEXT, text["text"]))
+        codes, stopped = generated_codes(spoken)
+        shares.append(share(codes, target["codes"]))
+        stops.append(stopped)
+        seconds.append(soundfile.info("tiny/answer5.wav").duration)
+        errors.append(difference(reply_logits(spoken, messages), target["logits"]))
+    yield "Logits", max(errors) < TOLERANCE, f"{max(errors):.1e} off boson_multimodal's at most"
+    told = ", ".join(f"{same:.1%}" for same in shares)
+    yield "Codes", min(shares) == 1, f"{told} of the codes are the target's"
+    yield "End", all(stops), f"{sum(stops)} of {len(stops)} stop by themselves"
+    wanted = [target["codes"].shape[1] / FRAME_RATE for target in expected]
+    yield "Waves", seconds == wanted, f"{seconds} s written, as long as the targets"
+
+
+def check_other_layout(spoken, target):
+    """The row of the layout whose reference is in an earlier assistant turn: the README's template."""
+    error = difference(reply_logits(spoken, port_messages(OTHER_LAYOUT)), target["logits"])
+    yield "Other layout", error < TOLERANCE, f"logits {error:.1e} off boson_multimodal's at most"
+
+
+def check_merge(spoken):
+    """The row of the README's lines that merge: the same bits as `lora.py merge`, by name."""
+    exec(readme_script("merge_and_unload"), spoken)
+    merged = load_file("tiny/merged5/model.safetensors")
+    ours = load_file("merged/model.safetensors")
+    ours = {transformers5.base_name(name): value for name, value in ours.items()}
+    same = sum(torch.equal(merged[name], value) for name, value in ours.items() if name in merged)
+    passed = merged.keys() == ours.keys() and same == len(ours)
+    yield "Merge", passed, f"{same} of {len(ours)} weights bit-equal to those of lora.py merge"
+
+
+def raised(script):
+    """(whether running the lines raises ValueError, what it says)."""
+    try:
+        speak(script)
+    except ValueError as error:
+        return True, f"raises {str(error)[-91:]!r}"
+    return False, "raises nothing"
+
+
+def check_mistakes(script, entry, target):
+    """Rows of the README's lines with a mistake in each: passed where it shows."""
+    shows, told = raised(edited(script, "model.model, adapter", "model, adapter"))
+    yield "Adapter on model", shows, told
+    shows, told = raised(edited(script, "chat_template=template, ", ""))
+    yield "Stock template", shows, told
+    spoken = speak(edited(script, TEXT, " " + TEXT))
+    messages = [*spoken["prompt"], port_messages(entry)[-1]]
+    error = difference(reply_logits(spoken, messages), target["logits"])
+    same = share(generated_codes(spoken)[0], target["codes"])
+    yield "A blank before the text", error > TOLERANCE, f"logits {error:.1e} off ({same:.1%} of the codes)"
+
+
+def port_half():
+    """Convert, then print the table; exits with 1 where a row fails."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers5.convert(Path("tiny").resolve())
+    entries, expected = read_entries(), torch.load("expected.pt")
+    script = readme_script("save_audio")
+    spoken = speak(script)
+    print(f"transformers {transformers.__version__}, an adapter that boson_multimodal trained:", flush=True)
+    failed = print_rows(check_entries(script, entries, expected[:-1]))
+    failed += print_rows(check_other_layout(spoken, expected[-1]))
+    failed += print_rows(check_merge(spoken))
+    print("and with a mistake in the README's lines, which must show:", flush=True)
+    failed += print_rows(check_mistakes(script, entries[0], expected[0]))
+    if failed:
+        sys.exit(f"FAILED: {', '.join(failed)}")
+
+
+def print_rows(rows):
+    """Print (name, passed, figure) rows; returns the names of those that failed."""
+    failed = []
+    for name, passed, figure in rows:
+        print(f"{'pass' if passed else 'FAIL'}  {name}: {figure}", flush=True)
+        if not passed:
+            failed.append(name)
+    return failed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="what validate_pipeline.py --keep left")
+    parser.add_argument("--transformers", default=transformers5.DEFAULT_VERSION, metavar="VERSION")
+    args = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # float32 on a CPU in every half
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        transformers5.install(args.transformers, work / "packages")
+        folder = args.folder
+        if folder is None:
+            folder = work / "made"
+            make_tiny(folder)
+        (work / "tiny").symlink_to(folder.resolve())
+        hub = folder.resolve() / "huggingface"
+        run("-m", "tests.serve_transformers5", "boson", work, hub=hub)
+        run("lora.py", "merge", "--base_ckpt", work / "tiny/model", "--adapter", work / "tiny/out",
+            "--output_dir", work / "merged", hub=hub)
+        transformers5.run_beside(work / "packages", "tests.serve_transformers5", "port", work)
+
+
+if __name__ == "__main__":
+    halves = {"boson": boson_half, "port": port_half}
+    if len(sys.argv) == 3 and sys.argv[1] in halves:
+        os.chdir(sys.argv[2])
+        halves[sys.argv[1]]()
+    else:
+        main()
