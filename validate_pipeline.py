@@ -10,12 +10,14 @@
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
 
 import librosa
 import numpy as np
+import pandas as pd
 import soundfile
 import torch
 from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
@@ -39,11 +41,10 @@ def tell(name, text):
 
 def in_words(seconds):
     """A time in the unit that suits it."""
-    if seconds < 60:
-        return f"{seconds:.1f} seconds"
-    if seconds < 3600:
-        return f"{seconds / 60:.1f} minutes"
-    return f"{seconds / 3600:,.1f} hours"
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} seconds"
 
 def split_clips(entry):
     """(paths of its references, [(paths of a trained turn's clips, the text it answers), ...])."""
@@ -103,8 +104,7 @@ def describe_lengths(lengths):
     """A histogram of the entries' positions."""
     counts, edges = np.histogram(lengths, bins=min(10, len(set(lengths))))
     for n, low, high in zip(counts, edges, edges[1:], strict=False):
-        bar = "#" * -(-40 * n // counts.max())
-        tell("positions", f"{low:>6,.0f} to {high:>6,.0f} {bar:<40} {n:,}")
+        tell("positions", f"{low:>6,.0f} to {high:>6,.0f} {'#' * -(-40 * n // counts.max()):<40} {n:,}")
 
 def describe_epoch(lengths, args, max_tokens, ranks, seconds_a_position):
     """Optimizer steps, padding and time of an epoch on so many GPUs like this device."""
@@ -237,9 +237,16 @@ def speak(args, inputs, device):
         codes = dataset.load_codes(inputs.data.clips[path])  # (num_codebooks, T)
         waves["target"] = codec.decode(torch.tensor(codes[None], dtype=torch.long))[0, 0]
     for name, wave in waves.items():
-        file = args.output_dir / f"{name}.wav"
-        soundfile.write(file, wave, SAMPLE_RATE)
-        tell(name, f"{file}, {len(wave) / SAMPLE_RATE:.1f} s")
+        soundfile.write(args.output_dir / f"{name}.wav", wave, SAMPLE_RATE)
+        tell(name, f"{args.output_dir}/{name}.wav, {len(wave) / SAMPLE_RATE:.1f} s")
+
+def draw(output_dir):
+    """loss.png: losses, and each codebook's beside what chance would give, over metrics.jsonl."""
+    table = pd.read_json(output_dir / "metrics.jsonl", lines=True).set_index("step")
+    codebooks = pd.DataFrame(table["audio_loss_per_codebook"].tolist(), index=table.index)
+    axes = table[["text_loss", "audio_loss"]].join(codebooks).plot(figsize=(12, 6), ylim=(0, None))
+    axes.axhline(math.log(1026), color="gray", linestyle=":")
+    axes.figure.savefig(output_dir / "loss.png")
 
 def compare(args, device):
     """Losses of base and adapters on the manifest's first 50 entries; wav files of the first."""
@@ -265,6 +272,9 @@ def compare(args, device):
         raise PipelineError("no adapter has a finite loss; take an earlier checkpoint, lower --lr")
     tell("best", f"{min(finite, key=finite.get)}, by text and audio loss")
     del base, model  # the engine loads its own
+    for folder in map(Path, args.adapter):
+        if (folder / "metrics.jsonl").exists():
+            draw(folder)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     speak(args, inputs, device)
 

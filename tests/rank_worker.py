@@ -16,3 +16,4 @@ trainer.join_ranks = lambda: group  # a process can join only once: the runs sha
 for flags in json.loads(Path(sys.argv[1]).read_text()):
     trainer.main(trainer.parse_args(flags))
 dist.destroy_process_group()
+trainer.leave(0)

@@ -143,7 +143,8 @@ def test_the_embedded_default_passes_trains_and_is_compared(clone, step_by_step)
     adapter = clone[0] / "tiny/adapter"
     metrics = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["step"] == 120 and metrics[-1]["loss"] < 0.05
-    for name in ("README.md", "loss.png", "runs", "adapter_config.json", "checkpoint-120/trainer_state.pt"):
+    for name in ("README.md", "args.json", "loss.png", "runs", "adapter_config.json",
+                 "checkpoint-120/trainer_state.pt"):
         assert (adapter / name).exists()
 
 

@@ -1,0 +1,143 @@
+"""The hub as it is since April 2026, in its cache's layout, offline: names, revisions, what is refused."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import lora
+from dataset import PipelineError
+from tests.test_inputs import ROOT, TWO_RANKS
+
+BASE, CODEC = lora.ORIGINALS
+NEW, EVIL_REVISION = "f" * 40, "e" * 40  # NEW is main's: transformers' own format
+# Each command in a child of one process that has done the imports, which take ten seconds
+RUN_ALL = """
+import os, runpy, sys, json
+import validate_pipeline
+for command in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        os.dup2(1, 2)
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+        sys.exit()
+    print("exit", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+EVIL = """
+from pathlib import Path
+from transformers import HubertModel
+Path({!r}).touch()
+class Evil(HubertModel):
+    pass
+"""
+
+
+def add_repository(hub, name, original, new_config):
+    """`name` in the hub's cache: main is `new_config` alone, the old revision a copy of `original`."""
+    folder = hub / f"models--{name.replace('/', '--')}"
+    shutil.copytree(original, folder / "snapshots" / lora.ORIGINALS[name])
+    (folder / "snapshots" / NEW).mkdir()
+    (folder / "snapshots" / NEW / "config.json").write_text(json.dumps(new_config))
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text(NEW)
+
+
+@pytest.fixture(scope="module")
+def home(tiny, tmp_path_factory):
+    """A HF_HOME: base and codec as on today's hub, the HuBERT of the tiny checkpoint."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(tiny / "huggingface/hub", home / "hub")
+    add_repository(home / "hub", BASE, tiny / "model", {"model_type": "higgs_audio_v2"})
+    add_repository(home / "hub", CODEC, tiny / "codec", {
+        "model_type": "higgs_audio_v2_tokenizer", "acoustic_model_config": {"model_type": "dac"}})
+    return home
+
+
+def run(home, *command):
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, home):
+    """--output_dir of the user's own command, under torchrun, which names the base and no codec."""
+    out = home / "out"
+    done = run(home, *TWO_RANKS, "trainer.py", "--train_manifest", tiny / "train.json", "--output_dir", out,
+               "--base_ckpt", BASE, "--batch_size", 2, "--lr", "2e-4", "--epochs", 2, "--grad_accum", 8,
+               "--lora_r", 16, "--lora_alpha", 32, "--lora_dropout", 0.05)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_users_command_starts_by_name_alone(trained):
+    config = json.loads((trained / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (BASE, lora.ORIGINALS[BASE])
+    assert json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+@pytest.fixture(scope="module")
+def told(tiny, home, trained):
+    """[(exit code, output)] of the commands below; the last finds code of its own beside HuBERT's config."""
+    for config in (home / "hub/models--bosonai--hubert_base/snapshots").glob("*/config.json"):
+        settings = json.loads(config.read_text())
+        settings["auto_map"] = {"AutoModel": "evil.Evil"}
+        evil = config.parent.parent / EVIL_REVISION
+        shutil.copytree(config.parent, evil)
+        (evil / "config.json").write_text(json.dumps(settings))
+        (evil / "evil.py").write_text(EVIL.format(str(home / "it_ran")))
+    train = ["trainer.py", "--train_manifest", tiny / "train.json", "--output_dir", home / "new"]
+    refs = home / "hub/models--bosonai--hubert_base/refs/main"
+    point = home / "point.py"
+    point.write_text(f"from pathlib import Path\nPath({str(refs)!r}).write_text('{EVIL_REVISION}')\n")
+    commands = [
+        ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", trained, "--output_dir", home / "a/merged"],
+        ["validate_pipeline.py", "--base_ckpt", f"{BASE}@{lora.ORIGINALS[BASE]}", "--train_manifest",
+         tiny / "train.json", "--adapter", trained, "--output_dir", home / "listen"],
+        [*train, "--base_ckpt", f"{BASE}@main"],
+        [*train, "--audio_tokenizer", f"{CODEC}@{NEW}"],
+        [*train, "--base_ckpt", f"{BASE}@{'0' * 40}"],
+        ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", "no/adapter@v1", "--output_dir", home / "b"],
+        [point],
+        [*train, "--code_cache", home / "empty"]]
+    commands = [list(map(str, command)) for command in commands]
+    done = run(home, sys.executable, "-c", RUN_ALL, json.dumps(commands))
+    assert done.returncode == 0, done.stderr
+    outputs = re.split(r"exit (\d+)\n", done.stdout)
+    return [(int(code), output) for output, code in zip(outputs[::2], outputs[1::2], strict=False)]
+
+
+def test_merge_and_comparison_take_names(home, told):
+    (merged, _), (compared, losses) = told[:2]
+    assert merged == compared == 0 and "best        " in losses
+    assert json.loads((home / "a/merged/config.json").read_text())["_name_or_path"] == BASE
+
+
+def test_the_new_format_is_refused_with_the_remedy(told):
+    for (code, output), name in zip(told[2:4], (BASE, CODEC), strict=True):
+        assert code == 1 and "Traceback" not in output
+        assert re.search("in transformers' own format .*since April 2026", output)
+        assert f"{name}@{lora.ORIGINALS[name]}" in output
+
+
+def test_what_is_not_cached_is_named_with_its_revision(told):
+    (base, no_base), (adapter, no_adapter) = told[4:6]
+    assert base == adapter == 1
+    assert f"huggingface-cli download {BASE} --revision {'0' * 40}" in no_base
+    assert "huggingface-cli download no/adapter --revision v1" in no_adapter
+
+
+def test_code_from_the_hub_does_not_run(home, told):
+    """Catches the codec's class, which loads HuBERT with trust_remote_code=True."""
+    code, output = told[-1]
+    assert code == 1 and f"bosonai/hubert_base, revision {EVIL_REVISION}, would run code" in output
+    assert "evil.Evil" in output and not (home / "it_ran").exists()
+
+
+def test_a_folder_in_the_new_format_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "higgs_audio_v2_tokenizer"}')
+    with pytest.raises(PipelineError, match=f"own format.*{CODEC}@{lora.ORIGINALS[CODEC]}"):
+        lora.fetch("--audio_tokenizer", tmp_path, lora.CODEC_FILES)
