@@ -55,7 +55,7 @@ def refuse(source, problems):
         raise PipelineError("\n".join([f"{source}: {len(problems)} problem(s)", *lines]))
 
 def load_manifest(path):
-    """List of entries, contents as lists, paths absolute. Refuses all bad ones at once."""
+    """Entries, contents as lists, paths absolute. Refuses all bad ones at once."""
     with blaming(f"manifest {path} cannot be read as UTF-8 with a JSON array, or JSONL"):
         text = path.read_text(encoding="utf-8-sig").strip()
         if text.startswith("{"):  # splitlines() would also split at U+2028
@@ -68,7 +68,7 @@ def load_manifest(path):
     return entries
 
 def check_entry(entry, folder):
-    """Yield what is wrong with an entry, above all what upstream takes in silence, wrongly."""
+    """Yield what is wrong with an entry, above all what upstream takes wrongly."""
     if not isinstance(entry, dict) or not isinstance(entry.get("messages"), list):
         yield 'is not ChatML; expected {"messages": [{"role": ..., "content": ...}, ...]}'
         return
@@ -81,10 +81,10 @@ def check_entry(entry, folder):
             yield f"messages[{i}]: {what}"
     roles = [turn.get("role") for turn in entry["messages"][start:] if isinstance(turn, dict)]
     if "assistant" not in roles:
-        yield f"has no assistant turn at or after start_index {start}; nothing would be trained"
+        yield f"has no assistant turn at or after start_index {start}"
 
 def check_turn(turn, masked, folder):
-    """Yield what is wrong with one message; `masked`: before start_index, without loss."""
+    """Yield what is wrong with a message; `masked`: before start_index, without loss."""
     if problem := mistyped(Message, {**turn, "content": ""} if isinstance(turn, dict) else turn):
         yield problem
         return
@@ -167,7 +167,7 @@ def load_codec(folder, device):
         return load_higgs_audio_tokenizer(str(folder), device=str(device))
 
 def load_waveform(path, sample_rate):
-    """Mono float32 (samples,), as inference loads it. PipelineError: cannot be encoded."""
+    """Mono float32 (samples,), as inference loads it. PipelineError: unfit."""
     with blaming(f"{path}: cannot be decoded as sound; write it again, as wav"):
         wave, _ = librosa.load(path, sr=sample_rate)
     if len(wave) < 0.1 * sample_rate:  # the codec's convolutions fail
@@ -217,7 +217,7 @@ def add_up(counts):
     return Counts(*(sum(column) for column in zip(*counts, strict=True)))
 
 class StepDataset:
-    """One item is a rank's share of an optimizer step: micro-batches, [(batch, Counts), ...]."""
+    """An item is a rank's share of a step: micro-batches, [(batch, Counts), ...]."""
     def __init__(self, entries, clips, tokenizer, collator, batch_size, max_tokens):
         self.entries, self.clips, self.tokenizer = entries, clips, tokenizer
         self.collator, self.batch_size, self.max_tokens = collator, batch_size, max_tokens
@@ -232,7 +232,7 @@ class StepDataset:
         entry = {key: self.entries[index].get(key) for key in ("messages", "start_index")}
         input_ids, label_ids, _, _ = prepare_chatml_sample(entry, self.tokenizer)
         if input_ids is None:
-            raise PipelineError(f"entry {index}: upstream refuses it, for the reason printed above")
+            raise PipelineError(f"entry {index}: upstream refuses it, as printed above")
         codes = [torch.tensor(load_codes(self.clips[path]), dtype=torch.long) for _, path in clips_of(entry)]
         starts = torch.tensor([0, *(code.shape[1] for code in codes)]).cumsum(0)[:-1]  # (clips,)
         sample = ChatMLDatasetSample(
@@ -246,8 +246,8 @@ class StepDataset:
         return -(-length // 8) * 8, sample  # upstream pads to a multiple of 8
 
     def collate(self, lengths, samples, trained):
-        """(batch, Counts) of samples, the longest first; untrained, they have no label."""
-        batch = vars(self.collator(list(samples)))  # a dict: pin_memory ignores dataclasses
+        """(batch, Counts) of samples, the longest first; without labels if not trained."""
+        batch = vars(self.collator(list(samples)))  # pin_memory ignores dataclasses
         labels = torch.zeros(self.collator.audio_num_codebooks + 1, dtype=torch.long)
         for k, label in enumerate([batch["label_ids"], *batch["label_audio_ids"]]):  # (B, T), 8 x (A,)
             if not trained:
@@ -259,8 +259,8 @@ def measure(data):
     """Positions of each entry of a StepDataset, estimated: to tokenize one takes 1 ms."""
     shapes = {path: load_codes(file).shape for path, file in data.clips.items()}
     if {shape[0] for shape in shapes.values()} - {data.collator.audio_num_codebooks}:
-        raise PipelineError("--audio_tokenizer and --base_ckpt differ in their number of codebooks")
-    sizes, columns = [], []  # bytes of text, 20 for the marks around each; columns of codes
+        raise PipelineError("--audio_tokenizer and --base_ckpt differ in codebooks")
+    sizes, columns = [], []  # bytes of text, with 20 for marks; codes
     for entry in data.entries:
         texts = [part.get("text", "") for turn in entry["messages"] for part in turn["content"]]
         sizes.append(sum(20 + len(text.encode()) for text in texts))
@@ -271,7 +271,7 @@ def measure(data):
     return [round(rate * size) + audio for size, audio in zip(sizes, columns, strict=True)]
 
 def deal_steps(lengths, samples_per_step, seed, world_size, steps):
-    """Yield all ranks' shares, [(indices, trained), ...], of each step in `steps`, a range.
+    """Yield all ranks' shares, [(indices, trained), ...], of each of `steps`, a range.
 
     An epoch is a permutation drawn from (seed, epoch), cut into steps. A step's samples go, longest
     first, to the least loaded rank; one left without runs the shortest, untrained.
@@ -290,7 +290,7 @@ def deal_steps(lengths, samples_per_step, seed, world_size, steps):
         yield [(share, True) if share else (samples[-1:], False) for share in shares]
 
 def cut(samples, batch_size, max_tokens):
-    """Cut (positions, sample) pairs into micro-batches, the longest first: it sets the width."""
+    """Cut (positions, sample) pairs into micro-batches, the longest first."""
     micro_batches, room = [], 0
     for length, sample in sorted(samples, key=lambda pair: -pair[0]):
         if not micro_batches or len(micro_batches[-1]) == room:

@@ -28,25 +28,25 @@ from transformers import AutoTokenizer, PretrainedConfig, get_cosine_schedule_wi
 
 from dataset import PipelineError, add_up, blaming, refuse
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # DataLoader workers are forks: it warns of each
-# In April 2026 the hub's main became transformers' own format; boson_multimodal reads these
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns of forks, the workers
+# The hub's main is transformers' own format since April 2026; boson_multimodal reads these
 ORIGINALS = {
     "bosonai/higgs-audio-v2-generation-3B-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
     "bosonai/higgs-audio-v2-tokenizer": "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"}
 BASE_FILES, CODEC_FILES = ["*.json", "*.safetensors", "*.txt", "LICENSE*"], ["config.json", "model.pth"]
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
-# Matched against the whole name: suffixes like peft's usual q_proj would reach audio_tower, too
+# Matched against the whole name: suffixes like q_proj would reach audio_tower, too
 TARGET_MODULES = r"layers\.\d+\.((self_attn|audio_attn)\.[qkvo]_proj|(mlp|audio_mlp)\.(gate|up|down)_proj)"
 
 def split_name(name):
-    """(repository, revision) of the hub's NAME or NAME@REVISION; (folder, None) of a folder."""
+    """(repository, revision) of NAME or NAME@REVISION; (folder, None) of a folder."""
     if os.path.isdir(name):
         return str(name), None
     repository, _, revision = str(name).partition("@")
     return repository, revision or ORIGINALS.get(repository, "main")
 
 def fetch(flag, name, needed):
-    """The folder that `name` means; a hub's repository is downloaded. PipelineError: unfit."""
+    """The folder that `name` means, downloaded where it is the hub's. PipelineError."""
     repository, revision = split_name(name)
     folder = repository
     if revision:
@@ -83,11 +83,11 @@ def open_base(folder):
         return HiggsAudioConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 def load_base(folder, dtype, device):
-    """The frozen HiggsAudioModel, loaded to `device`, never whole into CPU memory first."""
+    """The frozen HiggsAudioModel, straight to `device`, never whole in CPU memory."""
     with blaming(f"--base_ckpt {folder}: its weights cannot be loaded"):
         model, info = HiggsAudioModel.from_pretrained(
             folder, torch_dtype=dtype, device_map={"": device}, output_loading_info=True)
-    if info["missing_keys"]:  # transformers would go on with random numbers in their place
+    if info["missing_keys"]:  # transformers would go on with random numbers
         raise PipelineError(f"--base_ckpt {folder} lacks the weights {sorted(info['missing_keys'])[:5]}")
     return model.requires_grad_(False)
 
@@ -97,27 +97,27 @@ def base_dtype(precision, device):
     return torch.bfloat16 if bf16 else torch.float32
 
 def take_text_head(base):
-    """Take the head out of the forward, which would apply all 128,256 columns everywhere."""
+    """Take the head out of the forward: it would apply 128,256 columns everywhere."""
     text_head = base.audio_decoder_proj.text_lm_head
     base.audio_decoder_proj.text_lm_head = torch.nn.Identity()
     return text_head
 
 def attach(base, r, alpha, dropout, seed):
-    """Wrap `base` in LoRA, drawn from `seed`, in float32; 280 modules of the released shape."""
+    """Wrap `base` in LoRA, drawn from `seed`, in float32; 280 modules as released."""
     torch.manual_seed(seed)
     # No task type: PEFT would pass `labels` to a forward that takes none
     return get_peft_model(base, LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGET_MODULES))
 
 def build_model(args, folder, device):
-    """The base in `folder` with LoRA, ready to train: (model, the text head taken out of it)."""
+    """The base in `folder` with LoRA, ready to train: (model, its text head apart)."""
     base = load_base(folder, base_dtype(args.precision, device), device)
     text_head = take_text_head(base)
     model = attach(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = split_name(args.base_ckpt)
     for module in model.modules():
-        if isinstance(module, LoraLayer):  # autocast casts for lora_A: no float32 copies of inputs
+        if isinstance(module, LoraLayer):  # autocast casts for lora_A: no copies
             module.cast_input_dtype_enabled = False
     if args.gradient_checkpointing:
         for layer in base.layers:  # they ignore transformers' own switch
@@ -125,14 +125,14 @@ def build_model(args, folder, device):
     return model.train(), text_head
 
 def fit_max_tokens(args, shape, free):
-    """Positions of a micro-batch that fit 3/4 of `free` bytes, by `tests/benchmark.py --count`."""
+    """Positions that fit 3/4 of `free` bytes, by `tests/benchmark.py --count`."""
     without = 72 if args.lora_dropout else 46  # bytes a position, layer and hidden column
     kept = 5 if args.gradient_checkpointing else without
     fitting = 0.75 * free / (kept * shape.num_hidden_layers * shape.hidden_size)
     return 2 ** int(math.log2(min(fitting, 16_384)))
 
 def build_optimizer(model, args, total, state):
-    """(parameters, AdamW, cosine schedule) at a checkpoint's `state`, with its adapter."""
+    """(parameters, AdamW, cosine schedule) at `state`, with its adapter."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW([{"params": parameters, "initial_lr": args.lr}], lr=args.lr,
                                   weight_decay=args.weight_decay, fused=True)
@@ -145,27 +145,27 @@ def build_optimizer(model, args, total, state):
     return parameters, optimizer, schedule
 
 def update(optimizer, schedule, parameters, max_grad_norm):
-    """Clip and step, unless the gradient is not finite. Returns its norm, still on the device."""
+    """Clip and step, if the gradient is finite. Returns its norm, still on the device."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.found_inf = (~norm.isfinite()).float()  # as GradScaler's; read on the device
+    optimizer.found_inf = (~norm.isfinite()).float()  # GradScaler's, read on the device
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
     return norm
 
 def open_output(output_dir, wanted):
-    """Claim the folder; the checkpoint to resume from (`wanted`: auto, a path, None), or None."""
-    with blaming(f"--output_dir {output_dir} cannot be written, or another run is training into it"):
+    """Claim the folder. The checkpoint to resume from, by `wanted`: auto, path, None."""
+    with blaming(f"--output_dir {output_dir} cannot be written, or another run is in it"):
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(output_dir / "lock", os.O_CREAT | os.O_RDWR, 0o666)
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed: the process's end frees it
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
     found, finished = checkpoints(output_dir), (output_dir / ADAPTER_FILES[1]).exists()
     if wanted == "auto" and found:
         return found[-1]
     newest = wanted and found and found[-1].resolve() == Path(wanted).resolve()
     if finished or (found and not newest):
-        raise PipelineError(f"--output_dir {output_dir} already holds an adapter or checkpoints; choose "
-                            "another or, from a checkpoint, go on with --resume_from_checkpoint auto")
+        raise PipelineError(f"--output_dir {output_dir} already holds an adapter or checkpoints; "
+                            "choose another, or go on with --resume_from_checkpoint auto")
     return Path(wanted) if wanted and wanted != "auto" else None
 
 def checkpoints(output_dir):
@@ -174,7 +174,7 @@ def checkpoints(output_dir):
     return sorted(found, key=lambda folder: int(folder.name[11:]))
 
 def read_checkpoint(folder, run):
-    """State of a checkpoint, or of the start. PipelineError: damaged, or of another `run`."""
+    """State of a checkpoint, or of the start. PipelineError: damaged, another `run`'s."""
     if folder is None:
         return {"step": 0, "history": []}
     with blaming(f"{folder} is damaged, or no checkpoint of this trainer; remove it, and "
@@ -205,19 +205,19 @@ def save_checkpoint(model, optimizer, run, args, history, step):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 def make_readable(folder):
-    """Give weights the mode that other files have by the umask: safetensors makes them 0600."""
+    """Give weights the umask's mode, as other files have: safetensors makes them 0600."""
     for file in folder.glob("*.safetensors"):
         shutil.copymode(next(folder.glob("*config.json")), file)
 
 def publish(folder, output_dir):
-    """Copy a checkpoint's adapter to where the final one belongs, each file whole or not at all."""
-    with blaming(f"the adapter of {folder} cannot be copied to --output_dir; make room, start again"):
+    """Copy a checkpoint's adapter to the final one's place, each file whole or not."""
+    with blaming(f"the adapter of {folder} cannot be copied; make room, start again"):
         for name in (*ADAPTER_FILES, "README.md", "args.json"):
             shutil.copy(folder / name, output_dir / f"{name}.unfinished")
             os.replace(output_dir / f"{name}.unfinished", output_dir / name)
 
 def open_metrics(output_dir, history, step):
-    """TensorBoard's writer; metrics.jsonl becomes `history`: what came later is done again."""
+    """TensorBoard's writer; metrics.jsonl becomes `history`: later steps are done again."""
     with blaming(f"--output_dir {output_dir} cannot be written"):
         (output_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
         return SummaryWriter(output_dir / "runs", purge_step=step + 1)
@@ -228,7 +228,7 @@ def peak_memory():
     return torch.cuda.max_memory_allocated() or int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 def summarize(losses, interval, seconds, waited):
-    """Losses of a step, of the text, then each codebook; speed and memory of an interval."""
+    """`losses` (of the text, then each codebook); speed and memory of an interval."""
     text_loss, *codebooks = losses
     audio_loss = sum(codebooks) / len(codebooks)
     _, samples, positions, padded = add_up(interval)
@@ -238,7 +238,7 @@ def summarize(losses, interval, seconds, waited):
             "data_wait": waited / seconds, "max_memory_gb": peak_memory() / 1e9}
 
 def log_metrics(output_dir, board, history, metrics):
-    """Add `metrics`, JSON's null where not finite, to `history`, metrics.jsonl and TensorBoard."""
+    """Add `metrics`, null where not finite, to `history`, metrics.jsonl, TensorBoard."""
     text = re.sub("-?(NaN|Infinity)", "null", json.dumps(metrics))
     history.append(json.loads(text))
     with blaming(f"--output_dir {output_dir} cannot be written"):
@@ -249,7 +249,7 @@ def log_metrics(output_dir, board, history, metrics):
         board.flush()
 
 def load_adapter(base, name):
-    """`base` with adapter `name` on it. PipelineError: damaged, or of another base or rank."""
+    """`base` with adapter `name` on it. PipelineError: damaged, or another base's."""
     folder = fetch("--adapter", name, ADAPTER_FILES)
     with blaming(f"--adapter {name}: no LoRA adapter there, or a damaged one"):
         tensors = load_file(folder / ADAPTER_FILES[1])
@@ -267,7 +267,7 @@ def load_adapter(base, name):
 def merge(base_ckpt, adapter, output_dir):
     """Write base and adapter as one checkpoint like the base's, whole or not at all."""
     if output_dir.exists():
-        raise PipelineError(f"--output_dir {output_dir} is there already; choose another, or remove it")
+        raise PipelineError(f"--output_dir {output_dir} is there already; choose another")
     source = fetch("--base_ckpt", base_ckpt, BASE_FILES)
     model = load_adapter(load_base(source, "auto", "cpu"), adapter).merge_and_unload()
     model.config._name_or_path = "" if os.path.isdir(base_ckpt) else split_name(base_ckpt)[0]
@@ -283,13 +283,13 @@ def merge(base_ckpt, adapter, output_dir):
                 if file.is_file() and not weights and not (merged / file.name).exists():
                     shutil.copyfile(file, merged / file.name)
             merged.rename(output_dir)
-    print(f"{output_dir}: base and adapter as one checkpoint; load it as you load the base")
+    print(f"{output_dir}: base and adapter as one; load it as the base")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_subparsers(required=True, metavar="merge").add_parser("merge").add_argument
     add("--base_ckpt", required=True, help="the base that the adapter was trained on")
-    add("--adapter", required=True, help="trainer.py's --output_dir, or a checkpoint in it")
+    add("--adapter", required=True, help="trainer.py's --output_dir, or a checkpoint")
     add("--output_dir", type=Path, required=True, help="a new folder for the whole model")
     try:
         merge(**vars(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""Training: fine-tune Higgs Audio v2 with LoRA, one process per GPU (without torchrun: one process).
+"""Training: fine-tune Higgs Audio v2 with LoRA, one process per GPU, or without torchrun one:
     torchrun --nproc_per_node=8 trainer.py --train_manifest train.json --output_dir out \
         --base_ckpt bosonai/higgs-audio-v2-generation-3B-base \
         --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05
@@ -31,10 +31,10 @@ from dataset import PipelineError, blaming
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument_group("data").add_argument
-    add("--train_manifest", type=Path, required=True, help="JSON array or JSONL of ChatML samples")
-    add("--code_cache", type=Path, help="folder for encoded clips (default: code_cache beside the manifest)")
+    add("--train_manifest", type=Path, required=True, help="ChatML, a JSON array or JSONL")
+    add("--code_cache", type=Path, help="default: code_cache beside the manifest")
     add("--num_workers", type=int, default=2, help="DataLoader workers of each rank")
-    add = parser.add_argument_group("model: each a folder, or NAME or NAME@REVISION of the hub").add_argument
+    add = parser.add_argument_group("model: folders, NAMEs or NAME@REVISIONs").add_argument
     add("--base_ckpt", default="bosonai/higgs-audio-v2-generation-3B-base")
     add("--audio_tokenizer", default="bosonai/higgs-audio-v2-tokenizer", help="the codec")
     add("--return_audio_in_tokens", choices=["auto", "true", "false"], default="auto", help="false is deaf")
@@ -43,8 +43,8 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, default=0.05)
     add = parser.add_argument_group("optimization").add_argument
     add("--batch_size", type=int, default=2, help="samples of one forward")
-    add("--max_tokens", type=int, help="its positions instead (default: on a GPU what fits; 0: no limit)")
-    add("--grad_accum", type=int, default=8, help="a step takes batch_size x grad_accum x ranks samples")
+    add("--max_tokens", type=int, help="or its positions (default: what a GPU fits; 0: no limit)")
+    add("--grad_accum", type=int, default=8, help="x batch_size x ranks: samples of a step")
     add("--lr", type=float, default=2e-4)
     add("--epochs", type=int, default=2)
     add("--max_steps", type=int, help="overrides --epochs")
@@ -52,14 +52,14 @@ def parse_args(argv=None):
     add("--weight_decay", type=float, default=0.0)
     add("--max_grad_norm", type=float, default=1.0)
     add("--seed", type=int, default=42)
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on GPUs")
-    add("--gradient_checkpointing", action="store_true", help="less memory for half more time")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on GPU")
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, required=True)
     add("--logging_steps", type=int, default=10)
     add("--save_steps", type=int, help="default: what makes ten checkpoints")
     add("--save_total_limit", type=int, default=3)
-    add("--resume_from_checkpoint", help="a folder, or auto: the newest in --output_dir, if any")
+    add("--resume_from_checkpoint", help="a folder, or auto: the newest, if any")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         low = 1 if type(value) is int and name not in ("seed", "num_workers", "max_tokens") else 0
@@ -69,23 +69,23 @@ def parse_args(argv=None):
     return args
 
 def join_ranks():
-    """Join the process group: (device, rank, world_size). Without torchrun it is a group of one."""
+    """Join the process group, without torchrun of one: (device, rank, world_size)."""
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"  # so that counts and messages never wait for the GPU
+        backend = "cpu:gloo,cuda:nccl"  # counts and messages do not wait for the GPU
     alone = dist.HashStore(), 0, 1
     store, rank, world_size = next(rendezvous("env://")) if "RANK" in os.environ else alone
-    # On one node torchrun keeps its store through restarts: the addresses of the dead ranks are in it
+    # On one node torchrun keeps its store through restarts, with the dead ranks' addresses
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
-                            timeout=timedelta(hours=12))  # while one downloads or encodes, others wait
+                            timeout=timedelta(hours=12))  # others wait while one downloads
     return device, rank, world_size
 
 def on_all_ranks(function, *args, here=True):
-    """Call `function` where it is `here`; a rank's PipelineError ends all, rank 0 with all messages."""
+    """Call `function` where `here`; a PipelineError ends all ranks, rank 0 tells."""
     problem = ""
     try:
         result = function(*args) if here else None
@@ -99,7 +99,7 @@ def on_all_ranks(function, *args, here=True):
     return result
 
 def on_rank_0(function, *args):
-    """Call `function` on rank 0 alone: all ranks get its result, or end with its PipelineError."""
+    """Call `function` on rank 0: all ranks get its result, or its PipelineError."""
     result = [on_all_ranks(function, *args, here=dist.get_rank() == 0)]
     dist.broadcast_object_list(result)
     return result[0]
@@ -128,11 +128,11 @@ def encode_missing(inputs, device):
     missing = on_rank_0(dataset.find_missing, inputs.data.clips)
     if missing:
         codec = on_all_ranks(dataset.load_codec, inputs.codec, device)
-        mine = missing[dist.get_rank() :: dist.get_world_size()]  # sorted by size: equal shares
+        mine = missing[dist.get_rank() :: dist.get_world_size()]  # by size: equal shares
         on_all_ranks(dataset.encode_clips, mine, inputs.data.entries, codec, dist.get_rank() == 0)
 
 def rehearse(args, model, text_head, data, lengths):
-    """Forward and backward of the largest micro-batch: out of memory shows now. Its Counts.
+    """Run the largest micro-batch: out of memory shows now. Returns its Counts.
 
     Twice: DDP's second forward lays out its buckets anew. Later, ranks would hang, resumed runs differ.
     """
@@ -148,7 +148,7 @@ def rehearse(args, model, text_head, data, lengths):
     return counts
 
 def count_all(micro_batches, stop):
-    """(Counts over all ranks, whether one was told to `stop`): one all_reduce, on the CPU."""
+    """(Counts over all ranks, whether one is to `stop`), by one all_reduce on the CPU."""
     labels, *others = dataset.add_up(counts for _, counts in micro_batches)
     packed = torch.cat([labels, torch.tensor([*others, stop])])
     dist.all_reduce(packed)
@@ -156,8 +156,8 @@ def count_all(micro_batches, stop):
     return dataset.Counts(packed[: len(labels)], *others), stops > 0
 
 def compute_gradients(model, text_head, micro_batches, counts):
-    """A step's gradients, averaged over ranks in its last backward. This rank's loss sums, on the device."""
-    weights = dist.get_world_size() / counts.labels.clamp(min=1)  # DDP averages over ranks: undo it
+    """A step's gradients, averaged in its last backward; returns own loss sums."""
+    weights = dist.get_world_size() / counts.labels.clamp(min=1)  # DDP averages: undo it
     weights[1:] /= len(weights) - 1  # the mean over codebooks
     weights = weights.to(text_head.weight.device, non_blocking=True)
     sums = torch.zeros_like(weights)
@@ -166,13 +166,13 @@ def compute_gradients(model, text_head, micro_batches, counts):
         with contextlib.nullcontext() if last else model.no_sync():
             losses = forward(model, text_head, batch, own)
             loss = (losses * weights).sum()
-            # One that is not finite makes the gradients so on all ranks: none applies the step
+            # If not finite, it makes gradients so on all ranks: none applies them
             loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))
         sums += losses.detach()
     return sums
 
 def forward(model, text_head, batch, counts):
-    """Loss sums of one micro-batch; a bfloat16 base computes its float32 adapter in bfloat16."""
+    """Loss sums of a micro-batch; a bfloat16 base computes the adapter in bfloat16."""
     device, bf16 = text_head.weight.device, text_head.weight.dtype == torch.bfloat16
     batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -180,22 +180,22 @@ def forward(model, text_head, batch, counts):
     return loss_sums(outputs, batch, counts, text_head)
 
 def loss_sums(outputs, batch, counts, text_head):
-    """Summed cross entropy in float32, (1 + num_codebooks,): of the text, then each codebook.
+    """Summed cross entropies, float32 (1 + num_codebooks,): the text's, each codebook's.
 
     Position t of the logits predicts label t + 1: HiggsAudioModel.forward aligns them. A clip's
     first column is all -100: no shift crosses clips. The text labels' number is known: no sync.
     """
     labels = outputs.expanded_labels[:, 1:].flatten()  # (B * (T - 1),)
     selected = (labels != -100).nonzero_static(size=int(counts.labels[0])).squeeze(1)  # (text labels,)
-    hidden = outputs.logits[:, :-1].flatten(0, 1)[selected]  # (text labels, hidden): the head was taken out
+    hidden = outputs.logits[:, :-1].flatten(0, 1)[selected]  # (text labels, hidden)
     text_sum = F.cross_entropy(text_head(hidden).float(), labels[selected], reduction="sum")
-    logits = outputs.audio_logits[:-1]  # (A - 1, num_codebooks, codebook_size + 2), all clips in a row
+    logits = outputs.audio_logits[:-1]  # (A - 1, num_codebooks, codebook_size + 2)
     labels = batch["label_audio_ids"][:, 1:].T.reshape(logits.shape[:2])  # (A - 1, num_codebooks)
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
     return torch.cat([text_sum[None], losses.view(labels.shape).sum(0)])
 
 def catch_signals():
-    """The times at which Ctrl-C or SIGTERM came, a list to look at; one 2 s later ends at once."""
+    """A list of the times of Ctrl-C and SIGTERM; one after 2 s ends at once."""
     times = []
     def note(number, _):
         times.append(time.monotonic())
@@ -206,7 +206,7 @@ def catch_signals():
     return times
 
 def ignore_signals(_):
-    """In a DataLoader worker: they reach the whole process group; the main process decides."""
+    """In a DataLoader worker: signals reach the whole group; the main process decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -223,7 +223,7 @@ def main(args):
     state = on_all_ranks(lora.read_checkpoint, checkpoint, run)
     first, history = state["step"], state["history"]
     if first >= total:
-        on_rank_0(lora.publish, checkpoint, args.output_dir)  # a kill may have come before it
+        on_rank_0(lora.publish, checkpoint, args.output_dir)  # a kill may have come first
         return on_rank_0(print, f"finished before: {first} steps, the adapter is in {args.output_dir}")
 
     encode_missing(inputs, device)
@@ -247,8 +247,8 @@ def main(args):
         waited -= time.perf_counter()
         micro_batches = next(batches)
         waited += time.perf_counter()
-        # Dropout follows from these three alone: no generator state to save, and resuming is exact
-        torch.manual_seed(hash((args.seed, step, rank)))  # of integers: the same in every process
+        # Dropout follows from these alone: no generator state to save, resuming is exact
+        torch.manual_seed(hash((args.seed, step, rank)))  # of integers: not random
         counts, stop = count_all(micro_batches, len(signals) > 0)
         sums = compute_gradients(model, text_head, micro_batches, counts)
         norm = lora.update(optimizer, schedule, parameters, args.max_grad_norm)
@@ -284,7 +284,7 @@ def leave(code):
 def fail(kind, error, trace):
     """sys.excepthook. No destroy_process_group(): other ranks may be in a collective."""
     sys.stderr = sys.__stderr__  # torch.distributed calls this hook with a buffer there
-    told = str(error).rpartition("PipelineError: ")[2]  # a worker's comes with its traceback
+    told = str(error).rpartition("PipelineError: ")[2]  # of a worker's traceback
     if kind is torch.OutOfMemoryError:
         told += "; try --gradient_checkpointing, smaller --batch_size or --max_tokens"
     if not issubclass(kind, (PipelineError, KeyboardInterrupt, torch.OutOfMemoryError)):

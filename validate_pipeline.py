@@ -47,7 +47,7 @@ def in_words(seconds):
     return f"{seconds:.1f} seconds"
 
 def split_clips(entry):
-    """(paths of its references, [(paths of a trained turn's clips, the text it answers), ...])."""
+    """(its references, [(clips of a trained turn, the text it answers), ...])."""
     references, targets, said = [], [], ""
     for i, turn in enumerate(entry["messages"]):
         paths = [path for _, path in dataset.clips_of({"messages": [turn]})]
@@ -90,7 +90,7 @@ def describe_reference(data):
     tell("reference", f"of entry {cited[0]} is {heard}")
 
 def describe_target(data):
-    """The first entry decoded back: what the model is given, and what it is trained to answer."""
+    """The first entry decoded back: what is given, and what is trained."""
     [(batch, counts)] = data[[0], True]
     ids, labels = batch["input_ids"][0], batch["label_ids"][0]  # (T,)
     start = (labels != -100).nonzero()[0, 0]
@@ -122,7 +122,7 @@ def describe_epoch(lengths, args, max_tokens, ranks, seconds_a_position):
                f"the positions are padding; {in_words(padded * seconds_a_position / ranks)} an epoch")
 
 def listen(path):
-    """(seconds of silence at the end, 40 dB below its loudest; share of clipped samples) of a clip."""
+    """(seconds of silence at its end, share of clipped samples) of a clip."""
     wave = dataset.load_waveform(path, SAMPLE_RATE)
     end = 0
     if np.abs(wave).max() > 0.01:
@@ -130,7 +130,7 @@ def listen(path):
     return float(len(wave) - end) / SAMPLE_RATE, float(np.mean(np.abs(wave) > 0.99))
 
 def suspect_texts(entries, frames):
-    """[(entry, what)]: its text does not suit its clip, or its clip is its own reference."""
+    """[(entry, what)]: text and clip do not suit, or a clip is its own reference."""
     found, rates = [], {}
     for i, entry in enumerate(entries):
         references, targets = split_clips(entry)
@@ -166,12 +166,12 @@ def reset_peak_memory(device):
         Path("/proc/self/clear_refs").write_text("5")  # Linux's way, see proc(5)
 
 def try_largest(args, inputs, lengths, device):
-    """Run the largest micro-batch; returns the seconds that a position takes forward and backward."""
+    """Run the largest micro-batch; returns the seconds that a position takes."""
     model, text_head = lora.build_model(args, inputs.base, device)
     trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     tell("trainable", f"{sum(trainable):,} parameters")
     model = DistributedDataParallel(model)
-    trainer.rehearse(args, model, text_head, inputs.data, lengths)  # lays out buckets and caches
+    trainer.rehearse(args, model, text_head, inputs.data, lengths)  # lays out buckets
     reset_peak_memory(device)
     began = time.perf_counter()
     counts = trainer.rehearse(args, model, text_head, inputs.data, lengths)
@@ -184,7 +184,7 @@ def try_largest(args, inputs, lengths, device):
     return took / counts.padded_positions
 
 def preflight(args, device):
-    """What trainer.py would do with the user's own data. Raises PipelineError where that would."""
+    """What trainer.py would do with the user's data, or refuse."""
     inputs = trainer.open_inputs(args, device)
     trainer.encode_missing(inputs, device)
     data = inputs.data
@@ -215,7 +215,7 @@ def mean_losses(model, text_head, data):
     return [text, sum(codebooks) / len(codebooks), *codebooks]
 
 def speak(args, inputs, device):
-    """Write entry 0 as base and last adapter speak it, by upstream's engine, and its own target."""
+    """Write entry 0 as base and last adapter speak it, and its own target."""
     logger.disable("boson_multimodal")  # it tells each of its steps
     codec = dataset.load_codec(inputs.codec, device)
     engine = HiggsAudioServeEngine(str(inputs.base), str(inputs.codec), device=device.type,
@@ -227,11 +227,11 @@ def speak(args, inputs, device):
     for name in ("base", "adapter"):
         (args.output_dir / f"{name}.wav").unlink(missing_ok=True)  # of another adapter
         if name == "adapter":
-            engine.model.decode_graph_runners.clear()  # on a GPU they have captured the base
+            engine.model.decode_graph_runners.clear()  # of the base, on a GPU
             engine.model = lora.load_adapter(engine.model, args.adapter[-1])
         try:
             waves[name] = engine.generate({"messages": turns[:reply]}, 1024, seed=args.seed).audio
-        except (IndexError, RuntimeError) as error:  # upstream's, where none came out, or too little
+        except (IndexError, RuntimeError) as error:  # upstream's, if none came out
             tell(name, f"emits no audio, upstream's engine says {error}")
     for _, path in dataset.clips_of({"messages": turns[reply:]}):
         codes = dataset.load_codes(inputs.data.clips[path])  # (num_codebooks, T)
@@ -241,7 +241,7 @@ def speak(args, inputs, device):
         tell(name, f"{args.output_dir}/{name}.wav, {len(wave) / SAMPLE_RATE:.1f} s")
 
 def draw(output_dir):
-    """loss.png: losses, and each codebook's beside what chance would give, over metrics.jsonl."""
+    """loss.png: losses, and each codebook's beside chance, over metrics.jsonl."""
     table = pd.read_json(output_dir / "metrics.jsonl", lines=True).set_index("step")
     codebooks = pd.DataFrame(table["audio_loss_per_codebook"].tolist(), index=table.index)
     axes = table[["text_loss", "audio_loss"]].join(codebooks).plot(figsize=(12, 6), ylim=(0, None))
@@ -249,7 +249,7 @@ def draw(output_dir):
     axes.figure.savefig(output_dir / "loss.png")
 
 def compare(args, device):
-    """Losses of base and adapters on the manifest's first 50 entries; wav files of the first."""
+    """Losses of base and adapters on the first 50 entries; wav files of the first."""
     inputs = trainer.open_inputs(args, device)
     data = inputs.data
     data.entries = data.entries[:50]

@@ -20,7 +20,8 @@ from tests import tiny_checkpoint  # noqa: E402
 def pytest_collection_modifyitems(items):
     """Fast tests first: those that start torchrun or train come last."""
     last = ["test_output", "test_merge", "test_listen", "test_training", "test_inputs", "test_preflight",
-            "test_benchmark", "test_kills", "test_ranks", "test_controls", "test_recordings", "test_readme"]
+            "test_benchmark", "test_hub", "test_kills", "test_ranks", "test_controls", "test_recordings",
+            "test_readme"]
     items.sort(key=lambda item: last.index(item.path.stem) if item.path.stem in last else -1)
 
 

@@ -58,10 +58,10 @@ def our_half(folder):
     for name, length in CLIP_LENGTHS.items():
         np.save(folder / f"{name}.npy", rng.integers(0, 1024, (8, length)))  # (num_codebooks, frames)
     entries = make_entries(folder)
-    assert not [problem for entry in entries for problem in dataset.check_entry(entry, str(folder))]
-    clips = {name: (name,) for entry in entries for _, _, name in dataset.clips_of(entry)}
-    config, tokenizer, _ = lora.open_base(folder / "model")
-    collator = lora.build_collator(config, None, return_audio_in_tokens=True)
+    assert not [problem for entry in entries for problem in dataset.check_entry(entry, folder)]
+    clips = {path: path for entry in entries for _, path in dataset.clips_of(entry)}
+    config, tokenizer = lora.open_base(folder / "model")
+    collator = dataset.build_collator([], config, "true")
     data = dataset.StepDataset(entries, clips, tokenizer, collator, batch_size=len(entries), max_tokens=None)
 
     model = lora.attach(lora.load_base(folder / "model", torch.float32, "cpu"), 8, 16, 0.0, seed=0).eval()
@@ -72,7 +72,7 @@ def our_half(folder):
     [(batch, counts)] = data[range(len(entries)), True]
     with torch.no_grad():
         outputs = model(**batch)
-        trained = trainer.loss_sums(outputs, batch, counts, text_head) / counts[:-3]  # (1 + num_codebooks,)
+        trained = trainer.loss_sums(outputs, batch, counts, text_head) / counts.labels  # (1 + num_codebooks,)
         labels = batch["label_audio_ids"]
         labels[labels == EOS] = -100
         sums = trainer.loss_sums(outputs, batch, counts, text_head)[1:]

@@ -1,14 +1,11 @@
 """tests/benchmark.py still runs, and both of its ways compute one loss. What it measures is not tested."""
 
 import json
-import subprocess
-import sys
 
-from tests.test_inputs import ROOT
+from tests import launcher
 
 def test_both_ways_compute_one_loss():
-    command = [sys.executable, "tests/benchmark.py", "--json", "--repetitions", "1", "--grad_accum", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = launcher.run("tests/benchmark.py", "--json", "--repetitions", "1", "--grad_accum", "1")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     ours, reference = figures["ours"], figures["reference"]

@@ -1,13 +1,10 @@
 """Two trainings that must fail the acceptance row "It learns what inference runs", each at a small loss."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests import acceptance
-from tests.test_inputs import ROOT
+from tests import acceptance, launcher
 
 # Every label one position later: the trainer's shift then compares logits and labels at the same position,
 # and that is the loss of known trainers for this model.
@@ -34,10 +31,10 @@ def lab(tiny):
     ("deaf", AS_IT_IS, ["--return_audio_in_tokens", "false"])], ids=["right", "unshifted", "deaf"])
 def test_only_the_right_training_speaks(tiny, lab, name, program, flags):
     """The row passes for the right training and fails for both controls; so it can tell them apart."""
-    command = [sys.executable, "-c", program, *acceptance.OVERFIT, "--max_steps", 120,
-               "--batch_size", 4, "--train_manifest", tiny / "train.json", "--base_ckpt", tiny / "model",
-               "--audio_tokenizer", tiny / "codec", "--output_dir", tiny / name, *flags]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    done = launcher.run(
+        "-c", program, *acceptance.OVERFIT, "--max_steps", 120, "--batch_size", 4, "--train_manifest",
+        tiny / "train.json", "--base_ckpt", tiny / "model", "--audio_tokenizer", tiny / "codec",
+        "--output_dir", tiny / name, *flags)
     assert done.returncode == 0, done.stderr
     final = json.loads((tiny / name / "metrics.jsonl").read_text().splitlines()[-1])
     passed, figure = acceptance.check_learned(lab, name)

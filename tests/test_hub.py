@@ -5,28 +5,16 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 import lora
 from dataset import PipelineError
+from tests import launcher
 from tests.test_inputs import ROOT, TWO_RANKS
 
 BASE, CODEC = lora.ORIGINALS
 NEW, EVIL_REVISION = "f" * 40, "e" * 40  # NEW is main's: transformers' own format
-# Each command in a child of one process that has done the imports, which take ten seconds
-RUN_ALL = """
-import os, runpy, sys, json
-import validate_pipeline
-for command in json.loads(sys.argv[1]):
-    if os.fork() == 0:
-        os.dup2(1, 2)
-        sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")
-        sys.exit()
-    print("exit", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
 EVIL = """
 from pathlib import Path
 from transformers import HubertModel
@@ -91,8 +79,6 @@ def told(tiny, home, trained):
         (evil / "evil.py").write_text(EVIL.format(str(home / "it_ran")))
     train = ["trainer.py", "--train_manifest", tiny / "train.json", "--output_dir", home / "new"]
     refs = home / "hub/models--bosonai--hubert_base/refs/main"
-    point = home / "point.py"
-    point.write_text(f"from pathlib import Path\nPath({str(refs)!r}).write_text('{EVIL_REVISION}')\n")
     commands = [
         ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", trained, "--output_dir", home / "a/merged"],
         ["validate_pipeline.py", "--base_ckpt", f"{BASE}@{lora.ORIGINALS[BASE]}", "--train_manifest",
@@ -100,14 +86,11 @@ def told(tiny, home, trained):
         [*train, "--base_ckpt", f"{BASE}@main"],
         [*train, "--audio_tokenizer", f"{CODEC}@{NEW}"],
         [*train, "--base_ckpt", f"{BASE}@{'0' * 40}"],
-        ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", "no/adapter@v1", "--output_dir", home / "b"],
-        [point],
-        [*train, "--code_cache", home / "empty"]]
-    commands = [list(map(str, command)) for command in commands]
-    done = run(home, sys.executable, "-c", RUN_ALL, json.dumps(commands))
-    assert done.returncode == 0, done.stderr
-    outputs = re.split(r"exit (\d+)\n", done.stdout)
-    return [(int(code), output) for output, code in zip(outputs[::2], outputs[1::2], strict=False)]
+        ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", "no/adapter@v1", "--output_dir", home / "b"]]
+    runs = [launcher.run(*command, home=home) for command in commands]
+    refs.write_text(EVIL_REVISION)
+    runs.append(launcher.run(*train, "--code_cache", home / "empty", home=home))
+    return [(done.returncode, done.stdout + done.stderr) for done in runs]
 
 
 def test_merge_and_comparison_take_names(home, told):

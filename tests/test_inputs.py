@@ -20,7 +20,7 @@ import dataset
 import lora
 import trainer
 from dataset import PipelineError
-from tests import tiny_checkpoint
+from tests import launcher, tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -119,7 +119,7 @@ def test_a_checkpoint_without_some_weights(tiny, tmp_path):
         lora.load_base(tmp_path / "model", torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("change, seen", [({"n_q": 4}, "differ in their number of codebooks"),
+@pytest.mark.parametrize("change, seen", [({"n_q": 4}, "differ in codebooks"),
                                           ({"bins": 512}, "(?s)cannot be loaded .*size mismatch")])
 def test_a_codec_that_does_not_fit(open_data, entries, tiny, tmp_path, change, seen):
     config = json.loads((tiny / "codec/config.json").read_text())
@@ -173,7 +173,7 @@ def test_one_bad_clip_ends_all_ranks_with_one_message(tiny, tmp_path, bad_clips)
 
 def test_one_process_exits_1_without_a_traceback(tmp_path):
     manifest = tmp_path / "none.json"
-    done = launch(sys.executable, "trainer.py", "--train_manifest", manifest, "--output_dir", tmp_path)
+    done = launcher.run("trainer.py", "--train_manifest", manifest, "--output_dir", tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: manifest {manifest} cannot be read")
 

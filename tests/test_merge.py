@@ -3,8 +3,6 @@
 import json
 import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import lora
 from dataset import PipelineError
-from tests.test_inputs import ROOT
+from tests import launcher
 from tests.tiny_checkpoint import make_model
 
 WEIGHTS = "adapter_model.safetensors"
@@ -42,9 +40,8 @@ def bf16_base(tiny):
 
 
 def merge(base, adapter, output_dir, *more):
-    command = [sys.executable, "lora.py", "merge", "--base_ckpt", base, "--adapter", adapter, "--output_dir",
-               output_dir, *more]
-    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    return launcher.run("lora.py", "merge", "--base_ckpt", base, "--adapter", adapter, "--output_dir",
+                        output_dir, *more)
 
 
 def test_the_engine_loads_what_was_merged(tiny, bf16_base, adapter, tmp_path):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import dataset
 import lora
 from dataset import PipelineError
-from tests.test_training import ROOT, run
+from tests import launcher
+from tests.test_training import run
 
 RUN = dict(base_ckpt="b", train_manifest="m", lora_r=4, lora_alpha=8, seed=1, samples_per_step=16)
 HISTORY = [{"step": 4, "loss": 1.5}, {"step": 5, "loss": None}]
@@ -82,7 +83,7 @@ def test_auto_takes_the_newest_and_paths_only_into_a_folder_that_is_not_ahead(tm
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "lock"], stdout=subprocess.PIPE)
     other.stdout.readline()
-    with pytest.raises(PipelineError, match="another run is training into it"):
+    with pytest.raises(PipelineError, match="another run is in it"):
         lora.open_output(tmp_path, "auto")
     other.kill()  # however it ends, the lock is free
     other.wait()
@@ -174,8 +175,7 @@ def test_a_run_without_finite_steps_stops_with_its_entries(tiny, tmp_path, loggi
         weights["norm.weight"][0] = torch.nan
         save_file(weights, tmp_path / "broken/model.safetensors", metadata={"format": "pt"})
         flags[3] = tmp_path / "broken"
-    command = list(map(str, [sys.executable, "trainer.py", *flags]))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = launcher.run("trainer.py", *flags)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     error = done.stderr[done.stderr.index("error: loss or gradient not finite"):].splitlines()
     assert len(error) == 2 and re.search(r"  step 4: entries \[\[\d", error[1])

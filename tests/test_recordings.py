@@ -1,7 +1,6 @@
 """The README's way from a folder of recordings to a first training: its recipe as printed, its commands."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,8 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from tests.test_readme import ROOT, blocks
+from tests import launcher
+from tests.test_readme import blocks
 from tests.tiny_checkpoint import speech_like
 
 # file: (seconds, text, speaker). The text that sorts first is the one of twenty that is held out.
@@ -22,19 +22,6 @@ RECORDINGS = {
     "a5.wav": (0.9, "قصير", "a"), "c0.wav": (1.0, "وحيد", "c")}
 HELD_OUT = "أين تقع المكتبة؟"
 UNUSED = {"a3.wav": "no text", "a5.wav": "too short", "b4.wav": "too long", "c0.wav": "alone"}  # as targets
-# Each command in a child of one process that has done the imports, which take ten seconds
-RUN_ALL = """
-import json, os, runpy, sys
-import validate_pipeline
-for command in json.loads(sys.argv[1]):
-    print("$", *command, flush=True)
-    if os.fork() == 0:
-        sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")
-        sys.exit()
-    if os.wait()[1]:
-        sys.exit("failed")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -105,17 +92,16 @@ def test_one_voice_without_a_column_of_speakers(tmp_path):
 def test_from_the_recipe_to_a_comparison(tiny, folder):
     """The preflight on both manifests, a training of four steps, the comparison on what it has not seen."""
     model = ["--base_ckpt", f"{tiny}/model", "--audio_tokenizer", f"{tiny}/codec"]
-    check, train = f"{ROOT}/validate_pipeline.py", f"{ROOT}/trainer.py"
+    check, train = "validate_pipeline.py", "trainer.py"
     commands = [
         [check, "--train_manifest", "train.json", *model],
         [check, "--train_manifest", "held_out.json", *model],
         [train, "--train_manifest", "train.json", "--output_dir", "out", *model, "--grad_accum", "1",
          "--lr", "3e-3", "--max_steps", "4", "--save_steps", "2", "--logging_steps", "1"],
         [check, "--train_manifest", "held_out.json", *model, "--adapter", "out/checkpoint-2", "out"]]
-    done = subprocess.run([sys.executable, "-c", RUN_ALL, json.dumps(commands)], cwd=folder, text=True,
-                          capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stdout + done.stderr
-    _, first, second, _, compared = done.stdout.split("$ ")
+    runs = [launcher.run(*command, cwd=folder) for command in commands]
+    assert not any(done.returncode for done in runs), [done.stderr for done in runs]
+    first, second, _, compared = (done.stdout for done in runs)
     for told, count in ((first, 6), (second, 2)):
         assert f"entries     {count} " in told and "reference   of entry 0 is heard" in told
         assert told.endswith("ready for trainer.py with the same options\n")

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,8 +13,7 @@ from transformers import AutoTokenizer
 
 import lora
 import trainer
-from tests import benchmark
-from tests.test_inputs import ROOT
+from tests import benchmark, launcher
 from tests.tiny_checkpoint import make_config
 
 VOICE, TARGET_A, TARGET_B = ({"type": "audio", "audio_url": f"clips/{name}.wav"}
@@ -144,9 +141,8 @@ def test_targets_follow_the_model(tiny, overrides, modules):
 
 
 def run(tiny, out, *flags):
-    command = [sys.executable, "trainer.py", "--base_ckpt", tiny / "model", "--output_dir", out,
-               "--audio_tokenizer", tiny / "codec", "--logging_steps", 1, *flags]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    done = launcher.run("trainer.py", "--base_ckpt", tiny / "model", "--output_dir", out,
+                        "--audio_tokenizer", tiny / "codec", "--logging_steps", 1, *flags)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
