@@ -1,6 +1,6 @@
 """Data: from a ChatML manifest, its clips and the codec to one step's micro-batches.
 
-load_manifest -> find_clips -> encode_clips -> StepDataset -> measure -> deal_steps
+load_manifest, find_clips, encode_clips, measure; deal_steps -> StepDataset (sample, cut, collate)
 """
 
 import contextlib
@@ -139,7 +139,7 @@ def clips_of(entry):
 def find_clips(entries, cache, fingerprint):
     """{path: file of its codes}; a clip that changes gets another file."""
     clips = {}
-    for path in {path for entry in entries for _, path in clips_of(entry)}:
+    for path in dict.fromkeys(path for entry in entries for _, path in clips_of(entry)):
         status = os.stat(path)
         identity = [fingerprint, os.path.realpath(path), status.st_size, status.st_mtime_ns]
         clips[path] = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.npy"
@@ -191,7 +191,7 @@ def encode_clips(clips, entries, codec, show):
                 np.save(stream, codes.squeeze(0).cpu().numpy().astype(np.int16))
             unfinished.rename(file)
     refuse("clips", [(f"entry {i}", problems[path]) for i, entry in enumerate(entries)
-                     for path in problems if path in [clip for _, clip in clips_of(entry)]])
+                     for path in {clip for _, clip in clips_of(entry)} & problems.keys()])
 
 def build_collator(entries, config, setting):
     """serve_engine.py's, but for return_audio_in_tokens; refuses references not heard."""
@@ -263,7 +263,7 @@ def measure(data):
     sizes, columns = [], []  # bytes of text, with 20 for marks; codes
     for entry in data.entries:
         texts = [part.get("text", "") for turn in entry["messages"] for part in turn["content"]]
-        sizes.append(sum(20 + len(text.encode()) for text in texts))
+        sizes.append(20 * len(entry["messages"]) + sum(len(text.encode()) for text in texts))
         columns.append(sum(shapes[path][1] + 9 for role, path in clips_of(entry)
                            if role == "assistant" or data.collator.return_audio_in_tokens))
     some = range(0, len(sizes), 1 + len(sizes) // 50)  # 50 entries tell tokens a byte

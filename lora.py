@@ -124,12 +124,12 @@ def build_model(args, folder, device):
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     return model.train(), text_head
 
-def fit_max_tokens(args, shape, free):
+def fit_max_tokens(args, config, free):
     """Positions that fit 3/4 of `free` bytes, by `tests/benchmark.py --count`."""
     without = 72 if args.lora_dropout else 46  # bytes a position, layer and hidden column
     kept = 5 if args.gradient_checkpointing else without
-    fitting = 0.75 * free / (kept * shape.num_hidden_layers * shape.hidden_size)
-    return 2 ** int(math.log2(min(fitting, 16_384)))
+    position = kept * config.text_config.num_hidden_layers * config.text_config.hidden_size
+    return 2 ** int(math.log2(min(0.75 * free / position, 16_384)))
 
 def build_optimizer(model, args, total, state):
     """(parameters, AdamW, cosine schedule) at `state`, with its adapter."""
@@ -146,7 +146,7 @@ def build_optimizer(model, args, total, state):
 
 def update(optimizer, schedule, parameters, max_grad_norm):
     """Clip and step, if the gradient is finite. Returns its norm, still on the device."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     optimizer.found_inf = (~norm.isfinite()).float()  # GradScaler's, read on the device
     optimizer.step()
     schedule.step()

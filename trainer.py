@@ -42,8 +42,8 @@ def parse_args(argv=None):
     add("--lora_alpha", type=int, default=32)
     add("--lora_dropout", type=float, default=0.05)
     add = parser.add_argument_group("optimization").add_argument
-    add("--batch_size", type=int, default=2, help="samples of one forward")
-    add("--max_tokens", type=int, help="or its positions (default: what a GPU fits; 0: no limit)")
+    add("--batch_size", type=int, default=2, help="samples of a forward, without --max_tokens")
+    add("--max_tokens", type=int, help="its positions (default: what a GPU fits; 0: none)")
     add("--grad_accum", type=int, default=8, help="x batch_size x ranks: samples of a step")
     add("--lr", type=float, default=2e-4)
     add("--epochs", type=int, default=2)
@@ -137,8 +137,8 @@ def rehearse(args, model, text_head, data, lengths):
     Twice: DDP's second forward lays out its buckets anew. Later, ranks would hang, resumed runs differ.
     """
     if data.max_tokens is None and text_head.weight.is_cuda:
-        shape, (free, _) = model.module.config.text_config, torch.cuda.mem_get_info()
-        data.max_tokens = lora.fit_max_tokens(args, shape, free)
+        torch.cuda.empty_cache()  # of the codec
+        data.max_tokens = lora.fit_max_tokens(args, model.module.config, torch.cuda.mem_get_info()[0])
     samples = dataset.cut(zip(lengths, range(len(lengths)), strict=True), data.batch_size, data.max_tokens)
     largest = [i for _, i in max(samples, key=lambda samples: len(samples) * samples[0][0])]
     batch, counts = max(data[largest, True], key=lambda micro_batch: micro_batch[1].padded_positions)
@@ -247,7 +247,7 @@ def main(args):
         waited -= time.perf_counter()
         micro_batches = next(batches)
         waited += time.perf_counter()
-        # Dropout follows from these alone: no generator state to save, resuming is exact
+        # Dropout follows from these and the cut: no generator to save, resuming is exact
         torch.manual_seed(hash((args.seed, step, rank)))  # of integers: not random
         counts, stop = count_all(micro_batches, len(signals) > 0)
         sums = compute_gradients(model, text_head, micro_batches, counts)

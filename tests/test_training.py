@@ -11,9 +11,10 @@ from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
+import dataset
 import lora
 import trainer
-from tests import benchmark, launcher
+from tests import benchmark, launcher, tiny_checkpoint
 from tests.tiny_checkpoint import make_config
 
 VOICE, TARGET_A, TARGET_B = ({"type": "audio", "audio_url": f"clips/{name}.wav"}
@@ -183,3 +184,22 @@ def test_a_resumed_run_ends_where_the_straight_one_does(tiny, tmp_path):
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes()
                for name in ("straight", "resumed")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("gigabytes, flags, expected", [
+    (80 - 12.1, [], 8192), (24 - 12.1, [], 1024), (24 - 12.1, ["--lora_dropout=0"], 2048),
+    (24 - 12.1, ["--gradient_checkpointing"], 16_384), (1000, [], 16_384)])
+def test_max_tokens_fit_the_free_memory(gigabytes, flags, expected):
+    """On a GPU, of the released shape: what the README says of 80 and 24 GB, less base, adapter and AdamW."""
+    args = trainer.parse_args(["--train_manifest=a", "--output_dir=b", *flags])
+    config = tiny_checkpoint.released_config()
+    assert lora.fit_max_tokens(args, config, gigabytes * 1e9) == expected
+
+
+def test_estimated_lengths_are_near(open_data, entries):
+    """On a byte-level tokenizer too: a quarter of the bytes told 251 where there were 584."""
+    long = json.loads(json.dumps(entries[0]))
+    long["messages"][1]["content"][1]["text"] = 30 * long["messages"][1]["content"][1]["text"]
+    data = open_data([*entries, long])
+    for i, estimate in enumerate(dataset.measure(data)):
+        assert estimate == pytest.approx(data.sample(i)[0], rel=0.15)
