@@ -1,5 +1,4 @@
 """Data: from a ChatML manifest, its clips and the codec to one step's micro-batches.
-
 load_manifest, find_clips, encode_clips, measure; deal_steps -> StepDataset (sample, cut, collate)
 """
 
@@ -23,15 +22,14 @@ from boson_multimodal.data_types import AudioContent, Message, TextContent
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare_chatml_sample
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, utils
 
 # What becomes structure in a text (scene and instruction marks may); lone surrogates are no text
 NOT_TEXT = re.compile("<\\|(?!scene_desc_|generation_instruction_)[^|<>]*\\|>|[\ud800-\udfff]")
 FILE_ERRORS = (  # what libraries raised on missing, damaged and foreign files
     OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
     MemoryError, SyntaxError, UnpicklingError, DecodeError, librosa.LibrosaError, SafetensorError)
-well_typed = set()  # (class, names and types of fields) that dacite took: it needs 15 us
-
+well_typed = set()  # (class, names and types of fields) that dacite took: it takes 15 us
 # Of a micro-batch or step. labels: (1 + num_codebooks,), of the text, then each codebook
 Counts = namedtuple("Counts", "labels samples positions padded_positions")
 
@@ -73,7 +71,7 @@ def check_entry(entry, folder):
         yield 'is not ChatML; expected {"messages": [{"role": ..., "content": ...}, ...]}'
         return
     start = 0 if entry.get("start_index") is None else entry["start_index"]
-    if not isinstance(start, int) or start < 0:
+    if type(start) is not int or start < 0:
         yield f'"start_index" is {start!r}; expected null or the first turn to train'
         return
     for i, turn in enumerate(entry["messages"]):
@@ -121,7 +119,7 @@ def check_part(part, folder):
 def mistyped(kind, value):
     """What dacite, which upstream uses, has against `value` as a `kind`; or None."""
     if not isinstance(value, dict):
-        return f"{str(value)[:80]!r} is no {kind.__name__}; expected an object"
+        return f"{str(value)[:80]!r} is no {kind.__name__}; expected text or an object"
     types = kind, *((name, type(field)) for name, field in value.items())
     if types not in well_typed:
         try:
@@ -147,7 +145,7 @@ def find_clips(entries, cache, fingerprint):
 
 def load_codes(file):
     """One clip's codes, int16 (num_codebooks, T). PipelineError: lost or damaged."""
-    with blaming(f"codes {file} are lost, damaged or unseen on this node; remove them"):
+    with blaming(f"codes {file} are damaged: remove them; or not on this node: share a --code_cache"):
         return np.load(file, mmap_mode="r")
 
 def find_missing(clips):
@@ -158,13 +156,16 @@ def find_missing(clips):
 def load_codec(folder, device):
     """Load the codec onto `device`. PipelineError where that fails."""
     hubert = "bosonai/hubert_base"  # its class loads that, with trust_remote_code=True
-    with blaming(f"--audio_tokenizer {folder}, or its HuBERT ({hubert}), cannot be loaded"):
+    with blaming(f"--audio_tokenizer {folder}, HuBERT (huggingface-cli download {hubert}) cannot be loaded"):
         settings, _ = PretrainedConfig.get_config_dict(hubert)
-        if "auto_map" in settings:
-            raise PipelineError(f"{hubert}, revision {settings['_commit_hash']}, would run code of its "
-                                f"own: its config has auto_map {settings['auto_map']}; expected none")
+        if "auto_map" in settings or utils.find_adapter_config_file(hubert):
+            raise PipelineError(f"{hubert}, revision {settings['_commit_hash']}, would run code: auto_map "
+                                f"is {settings.get('auto_map', 'in its adapter_config.json')}; expected none")
         warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
-        return load_higgs_audio_tokenizer(str(folder), device=str(device))
+        codec = load_higgs_audio_tokenizer(str(folder), device=str(device))
+    if not all(buffer.all() for name, buffer in codec.named_buffers() if name.endswith("inited")):
+        raise PipelineError(f"--audio_tokenizer {folder} has codebooks that were never trained")
+    return codec
 
 def load_waveform(path, sample_rate):
     """Mono float32 (samples,), as inference loads it. PipelineError: unfit."""
@@ -203,8 +204,7 @@ def build_collator(entries, config, setting):
         warnings.warn(f"{len(deaf)} entries train deaf, the first is {deaf[0]}", stacklevel=2)
     else:
         refuse(f"encode_audio_in_tokens {config.encode_audio_in_tokens}, --return_audio_in_tokens {setting}",
-               [(entry, "its reference clip never reaches the model; use auto, or an assistant turn "
-                 "before start_index") for entry in deaf])
+               [(entry, "its reference never reaches the model; use an earlier reply") for entry in deaf])
     return HiggsAudioSampleCollator(
         whisper_processor=None, encode_whisper_embed=config.encode_whisper_embed,
         audio_in_token_id=config.audio_in_token_idx, audio_out_token_id=config.audio_out_token_idx,

@@ -1,5 +1,4 @@
 """Model: hub names, base, LoRA on the DualFFN, optimizer; checkpoints, metrics, merge.
-
     python lora.py merge --base_ckpt bosonai/higgs-audio-v2-generation-3B-base --adapter out --output_dir new
 """
 
@@ -58,7 +57,7 @@ def fetch(flag, name, needed):
     if not os.path.exists(f"{folder}/config.json"):
         return Path(folder)  # an adapter's
     with blaming(f"{flag} {name}: its config.json cannot be read"):
-        model_type = PretrainedConfig.get_config_dict(folder)[0].get("model_type", "")
+        model_type = str(PretrainedConfig.get_config_dict(folder)[0].get("model_type"))
     if model_type.startswith("higgs_audio_v2"):
         base, codec = (f"{original}@{revision}" for original, revision in ORIGINALS.items())
         raise PipelineError(f"{flag} {name} is in transformers' own format ({model_type}), the hub's main "
@@ -105,8 +104,7 @@ def take_text_head(base):
 def attach(base, r, alpha, dropout, seed):
     """Wrap `base` in LoRA, drawn from `seed`, in float32; 280 modules as released."""
     torch.manual_seed(seed)
-    # No task type: PEFT would pass `labels` to a forward that takes none
-    return get_peft_model(base, LoraConfig(
+    return get_peft_model(base, LoraConfig(  # no task type: PEFT would pass `labels` on
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGET_MODULES))
 
 def build_model(args, folder, device):
@@ -246,6 +244,8 @@ def log_metrics(output_dir, board, history, metrics):
             stream.write(text + "\n")
         for name in metrics.keys() - {"step", "audio_loss_per_codebook"}:
             board.add_scalar(name, metrics[name], metrics["step"])
+        for k, loss in enumerate(metrics["audio_loss_per_codebook"]):
+            board.add_scalar(f"codebook_{k}", loss, metrics["step"])
         board.flush()
 
 def load_adapter(base, name):

@@ -262,14 +262,14 @@ def main(args):
                 "grad_norm": norm.item(), "skipped_steps": int(skipped)}
             on_rank_0(lora.log_metrics, args.output_dir, board, history, metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-            if metrics["skipped_steps"] - reported == min(args.logging_steps, total - first):
+            if metrics["skipped_steps"] - reported == len(interval):  # not one was applied
                 shares = next(dataset.deal_steps(*plan, range(step - 1, step)))
                 on_all_ranks(dataset.refuse, "loss or gradient not finite; lower --lr, or look at",
                              [(f"step {step}", f"entries {[indices for indices, _ in shares]}")])
             began, waited, interval, reported = time.perf_counter(), 0.0, [], int(skipped)
-        if stop or step % save_steps == 0 or step == total:
+        if stop or step == total or (step % save_steps == 0 and norm.isfinite()):
             on_rank_0(lora.save_checkpoint, model.module, optimizer, run, args, history, step)
-        if stop:
+        if stop and step < total:
             return on_rank_0(print, f"stopped at step {step}; --resume_from_checkpoint auto goes on")
     on_rank_0(lora.publish, args.output_dir / f"checkpoint-{total}", args.output_dir)
     on_rank_0(print, f"done: {total} steps, the adapter is in {args.output_dir}")

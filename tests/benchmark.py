@@ -342,3 +342,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    trainer.leave(0)

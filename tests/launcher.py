@@ -38,8 +38,7 @@ for line in sys.stdin:
 def start(home):
     """The process, with this HF_HOME: huggingface_hub reads it once, when it is imported."""
     return subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=os.environ | {"HF_HOME": home},
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                            text=True)
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def run(program, *options, cwd=ROOT, home=None):

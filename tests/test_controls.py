@@ -17,8 +17,9 @@ def unshifted(outputs, batch, counts, text_head):
     return shifted(outputs, batch, counts, text_head)
 trainer.loss_sums = unshifted
 trainer.main(trainer.parse_args(sys.argv[1:]))
+trainer.leave(0)
 """
-AS_IT_IS = "import sys, trainer; trainer.main(trainer.parse_args(sys.argv[1:]))"
+AS_IT_IS = "import sys, trainer; trainer.main(trainer.parse_args(sys.argv[1:])); trainer.leave(0)"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from tests import launcher
 from tests.test_inputs import ROOT, TWO_RANKS
 
 BASE, CODEC = lora.ORIGINALS
-NEW, EVIL_REVISION = "f" * 40, "e" * 40  # NEW is main's: transformers' own format
+NEW = "f" * 40  # main's revision: transformers' own format
+EVIL_REVISION, ADAPTER_REVISION = "e" * 40, "a" * 40  # of HuBERT: with code; with an adapter of such a one
 EVIL = """
 from pathlib import Path
 from transformers import HubertModel
@@ -77,6 +78,13 @@ def told(tiny, home, trained):
         shutil.copytree(config.parent, evil)
         (evil / "config.json").write_text(json.dumps(settings))
         (evil / "evil.py").write_text(EVIL.format(str(home / "it_ran")))
+        other = home / "hub/models--evil--repo"
+        shutil.copytree(evil, other / "snapshots" / EVIL_REVISION)
+        (other / "refs").mkdir()
+        (other / "refs/main").write_text(EVIL_REVISION)
+        shutil.copytree(config.parent, evil.parent / ADAPTER_REVISION)
+        (evil.parent / ADAPTER_REVISION / "adapter_config.json").write_text(
+            '{"base_model_name_or_path": "evil/repo", "peft_type": "LORA"}')
     train = ["trainer.py", "--train_manifest", tiny / "train.json", "--output_dir", home / "new"]
     refs = home / "hub/models--bosonai--hubert_base/refs/main"
     commands = [
@@ -88,8 +96,9 @@ def told(tiny, home, trained):
         [*train, "--base_ckpt", f"{BASE}@{'0' * 40}"],
         ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", "no/adapter@v1", "--output_dir", home / "b"]]
     runs = [launcher.run(*command, home=home) for command in commands]
-    refs.write_text(EVIL_REVISION)
-    runs.append(launcher.run(*train, "--code_cache", home / "empty", home=home))
+    for revision in (EVIL_REVISION, ADAPTER_REVISION):
+        refs.write_text(revision)
+        runs.append(launcher.run(*train, "--code_cache", home / "empty", home=home))
     return [(done.returncode, done.stdout + done.stderr) for done in runs]
 
 
@@ -115,9 +124,9 @@ def test_what_is_not_cached_is_named_with_its_revision(told):
 
 def test_code_from_the_hub_does_not_run(home, told):
     """Catches the codec's class, which loads HuBERT with trust_remote_code=True."""
-    code, output = told[-1]
-    assert code == 1 and f"bosonai/hubert_base, revision {EVIL_REVISION}, would run code" in output
-    assert "evil.Evil" in output and not (home / "it_ran").exists()
+    for (code, output), revision in zip(told[-2:], (EVIL_REVISION, ADAPTER_REVISION), strict=True):
+        assert code == 1 and f"bosonai/hubert_base, revision {revision}, would run code" in output
+    assert "evil.Evil" in told[-2][1] and not (home / "it_ran").exists()
 
 
 def test_a_folder_in_the_new_format_is_refused(tmp_path):

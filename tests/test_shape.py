@@ -1,5 +1,6 @@
 """Small and plain is a promise like any other: the top level, lines, length, density."""
 
+import ast
 import io
 import subprocess
 import tokenize
@@ -38,4 +39,6 @@ def test_four_files_that_one_person_reads_in_a_morning():
     code, tokens = map(sum, zip(*map(code_lines, sources), strict=True))
     print(f"{tokens / code:.1f} tokens a code line")
     assert tokens / code < 11
+    [main] = [node for node in ast.parse(sources[2]).body if getattr(node, "name", "") == "main"]
+    assert main.end_lineno - main.lineno < 70
     assert len((ROOT / "README.md").read_text().splitlines()) <= 250
