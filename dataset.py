@@ -3,6 +3,7 @@ load_manifest, find_clips, encode_clips, measure; deal_steps -> StepDataset (sam
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ NOT_TEXT = re.compile("<\\|(?!scene_desc_|generation_instruction_)[^|<>]*\\|>|[\
 FILE_ERRORS = (  # what libraries raised on missing, damaged and foreign files
     OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
     MemoryError, SyntaxError, UnpicklingError, DecodeError, librosa.LibrosaError, SafetensorError)
+is_file = functools.cache(os.path.isfile)
 well_typed = set()  # (class, names and types of fields) that dacite took: it takes 15 us
 # Of a micro-batch or step. labels: (1 + num_codebooks,), of the text, then each codebook
 Counts = namedtuple("Counts", "labels samples positions padded_positions")
@@ -113,7 +115,7 @@ def check_part(part, folder):
     else:
         if "://" not in part["audio_url"]:
             part["audio_url"] = os.path.abspath(os.path.join(folder, part["audio_url"]))
-        if not os.path.isfile(part["audio_url"]):
+        if not is_file(part["audio_url"]):
             yield f"{part['audio_url']}: no such file, from the manifest's folder"
 
 def mistyped(kind, value):
@@ -246,7 +248,6 @@ class StepDataset:
         return -(-length // 8) * 8, sample  # upstream pads to a multiple of 8
 
     def collate(self, lengths, samples, trained):
-        """(batch, Counts) of samples, the longest first; without labels if not trained."""
         batch = vars(self.collator(list(samples)))  # pin_memory ignores dataclasses
         labels = torch.zeros(self.collator.audio_num_codebooks + 1, dtype=torch.long)
         for k, label in enumerate([batch["label_ids"], *batch["label_audio_ids"]]):  # (B, T), 8 x (A,)
@@ -273,8 +274,7 @@ def measure(data):
 def deal_steps(lengths, samples_per_step, seed, world_size, steps):
     """Yield all ranks' shares, [(indices, trained), ...], of each of `steps`, a range.
 
-    An epoch is a permutation drawn from (seed, epoch), cut into steps. A step's samples go, longest
-    first, to the least loaded rank; one left without runs the shortest, untrained.
+    An epoch is a permutation by (seed, epoch), cut; samples go, longest first, to the idlest rank.
     """
     for step in steps:
         epoch, position = divmod(step, -(-len(lengths) // samples_per_step))
@@ -287,7 +287,7 @@ def deal_steps(lengths, samples_per_step, seed, world_size, steps):
             lightest = loads.index(min(loads))
             shares[lightest].append(sample)
             loads[lightest] += lengths[sample]
-        yield [(share, True) if share else (samples[-1:], False) for share in shares]
+        yield [(share, True) if share else (samples[-1:], False) for share in shares]  # none runs idle
 
 def cut(samples, batch_size, max_tokens):
     """Cut (positions, sample) pairs into micro-batches, the longest first."""
