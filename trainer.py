@@ -266,7 +266,7 @@ def main(args):
                 shares = next(dataset.deal_steps(*plan, range(step - 1, step)))
                 on_all_ranks(dataset.refuse, "loss or gradient not finite; lower --lr, or look at",
                              [(f"step {step}", f"entries {[indices for indices, _ in shares]}")])
-            began, waited, interval, reported = time.perf_counter(), 0.0, [], int(skipped)
+            began, waited, interval, reported = time.perf_counter(), 0.0, [], metrics["skipped_steps"]
         if stop or step == total or (step % save_steps == 0 and norm.isfinite()):
             on_rank_0(lora.save_checkpoint, model.module, optimizer, run, args, history, step)
         if stop and step < total:

@@ -28,7 +28,8 @@ ROOT = transformers5.ROOT
 BOS, EOS = 1024, 1025  # audio_stream_bos_id, audio_stream_eos_id
 FRAME_RATE = 25
 TOLERANCE = 1e-4  # of logits that span 20, in float32
-REFERENCE, TEXT = "tiny/clips/voice_a.wav", "صباح الخير يا صديقي"  # entry 0, as the README's lines have it
+# Entry 0, as the README's lines have it
+REFERENCE, TEXT = "tiny/clips/voice_a.wav", "صباح الخير يا صديقي"
 OTHER_LAYOUT = {"messages": [
     {"role": "user", "content": "أين تقع المكتبة؟"},
     {"role": "assistant", "content": [{"type": "audio", "audio_url": "tiny/clips/voice_b.wav"}]},

@@ -14,7 +14,8 @@ from tests.tiny_checkpoint import speech_like
 
 # file: (seconds, text, speaker). The text that sorts first is the one of twenty that is held out.
 RECORDINGS = {
-    "a0.wav": (1.0, "أين تقع المكتبة؟", "a"), "b0.wav": (1.2, "أين تقع المكتبة؟", "b"),
+    "a0.wav": (1.0, "أين تقع المكتبة؟", "a"),
+    "b0.wav": (1.2, "أين تقع المكتبة؟", "b"),
     "a1.wav": (1.3, "صباح الخير", "a"), "b1.wav": (1.0, "صباح الخير", "b"),
     "a2.wav": (1.1, "مساء الخير", "a"), "b2.wav": (1.3, "شكرا جزيلا", "b"),
     "a3.wav": (1.2, "", "a"), "b3.wav": (1.1, "إلى اللقاء", "b"),
