@@ -1,7 +1,6 @@
 """Validation: prove the pipeline on this machine, look at your data, compare adapters.
 
-    python validate_pipeline.py               builds a tiny random checkpoint, trains on it, checks it
-                                              all: offline, without a GPU, in under three minutes
+    python validate_pipeline.py               train a tiny random model, check it all: offline, on CPUs
     python validate_pipeline.py --keep DIR    the same; checkpoint, clips and manifest stay in DIR
     python validate_pipeline.py --train_manifest M --base_ckpt B [any other option of trainer.py]
                                               preflight: what M holds, what is suspicious or too large
@@ -223,6 +222,7 @@ def speak(args, inputs, device):
     engine.collator.return_audio_in_tokens = inputs.data.collator.return_audio_in_tokens
     turns = inputs.data.entries[0]["messages"]
     reply = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    limit, _ = inputs.data.sample(0)  # positions of prompt and target: babble ends there
     waves = {}
     for name in ("base", "adapter"):
         (args.output_dir / f"{name}.wav").unlink(missing_ok=True)  # of another adapter
@@ -230,7 +230,7 @@ def speak(args, inputs, device):
             engine.model.decode_graph_runners.clear()  # of the base, on a GPU
             engine.model = lora.load_adapter(engine.model, args.adapter[-1])
         try:
-            waves[name] = engine.generate({"messages": turns[:reply]}, 1024, seed=args.seed).audio
+            waves[name] = engine.generate({"messages": turns[:reply]}, limit, seed=args.seed).audio
         except (IndexError, RuntimeError) as error:  # upstream's, if none came out
             tell(name, f"emits no audio, upstream's engine says {error}")
     for _, path in dataset.clips_of({"messages": turns[reply:]}):
