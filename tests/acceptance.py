@@ -36,7 +36,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 READY = """torchrun --nproc_per_node=8 trainer.py --train_manifest train.json --output_dir out \\
     --base_ckpt bosonai/higgs-audio-v2-generation-3B-base \\
     --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"""
-OVERFIT = ["--lora_dropout", "0", "--lr", "5e-3", "--grad_accum", "1", "--save_total_limit", "9"]
+OVERFIT = ["--lora_dropout", "0", "--lr", "5e-3", "--grad_accum", "1", "--max_steps", "80"]
 
 
 def run(*command):
@@ -51,7 +51,7 @@ def train(folder):
     common = ["trainer.py", "--train_manifest", folder / "train.json", "--base_ckpt", folder / "model",
               "--audio_tokenizer", folder / "codec", *OVERFIT]
     two_ranks = [*TORCHRUN, "--standalone", "--nproc_per_node=2", *common, "--batch_size", 2]
-    run(*two_ranks, "--max_steps", 120, "--save_steps", 20, "--output_dir", folder / "out")
+    run(*two_ranks, "--save_steps", 20, "--save_total_limit", 9, "--output_dir", folder / "out")
     again = ["--resume_from_checkpoint", folder / "out/checkpoint-20", "--max_steps", 21, "--save_steps", 21,
              "--max_grad_norm", 1e9]
     run(sys.executable, *common, "--batch_size", 4, *again, "--output_dir", folder / "one_rank")
@@ -197,7 +197,7 @@ def generate(engine, entry):
     limit = 100
     try:
         answer = engine.generate(prompt_of(entry), max_new_tokens=limit, temperature=0.0, ras_win_len=None)
-    except IndexError:  # upstream's way to say that no audio came out
+    except (IndexError, RuntimeError):  # upstream's way to say that no audio came out, or too little
         return None, False
     codes = revert_delay_pattern(torch.from_numpy(answer.generated_audio_tokens))[:, 1:-1]
     return codes, answer.usage["completion_tokens"] < limit and answer.generated_text.endswith("<|eot_id|>")

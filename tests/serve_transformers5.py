@@ -53,7 +53,7 @@ def make_tiny(folder):
     run("-m", "tests.tiny_checkpoint", folder, hub=hub)
     run("trainer.py", "--train_manifest", folder / "train.json", "--base_ckpt", folder / "model",
         "--audio_tokenizer", folder / "codec", "--output_dir", folder / "out", "--lora_dropout", 0,
-        "--lr", 5e-3, "--batch_size", 3, "--grad_accum", 1, "--max_steps", 120, "--save_steps", 120, hub=hub)
+        "--lr", 5e-3, "--batch_size", 3, "--grad_accum", 1, "--max_steps", 80, "--save_steps", 80, hub=hub)
 
 
 def read_entries():
