@@ -30,14 +30,17 @@ def make_job(folder, ranks, name):
     return Job(folder, ranks, folder / name / "out", folder / name / "cache", folder / name / "log")
 
 
+def flags(job):
+    return [f"--train_manifest={job.folder}/train.json", f"--output_dir={job.output_dir}",
+            f"--base_ckpt={job.folder}/model", f"--audio_tokenizer={job.folder}/codec", "--batch_size=1",
+            f"--code_cache={job.cache}", "--grad_accum=2", "--num_workers=1", "--logging_steps=1",
+            "--save_steps=2", f"--max_steps={STEPS}", "--resume_from_checkpoint=auto"]
+
+
 def start(job, restarts=0):
     """torchrun, as a user would start it, and start it again."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--max_restarts={restarts}",
-               f"--nproc_per_node={job.ranks}", "trainer.py", f"--train_manifest={job.folder}/train.json",
-               f"--output_dir={job.output_dir}", f"--base_ckpt={job.folder}/model", "--batch_size=1",
-               f"--audio_tokenizer={job.folder}/codec", f"--code_cache={job.cache}", "--grad_accum=2",
-               "--num_workers=1", "--logging_steps=1", "--save_steps=2", f"--max_steps={STEPS}",
-               "--resume_from_checkpoint=auto"]
+               f"--nproc_per_node={job.ranks}", "trainer.py", *flags(job)]
     with open(job.log, "a") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = """
 import json, os, runpy, sys
-import validate_pipeline
+import librosa, matplotlib.pyplot, validate_pipeline
+librosa.load, librosa.effects.trim  # imported when they are named: seconds of numba and scipy
 for line in sys.stdin:
     command, cwd, folder = json.loads(line)
     child = os.fork()

@@ -1,50 +1,57 @@
 """Kills at fixed moments: the job goes on, and its adapter is the one of a run that was never killed."""
 
+import json
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests import kills
-from tests.kills import ROOT
+import trainer
+from tests import kills, launcher
 
 def test_a_killed_job_ends_in_the_same_adapter(tiny):
     """While encoding, in the middle of a save, one rank alone; and asked to stop, all ranks or only one."""
-    straight = kills.make_job(tiny, 2, "never_killed")
-    killed = kills.make_job(tiny, 2, "killed")
-    expected, _ = kills.finish(straight, kills.start(straight))
+    straight, killed = (kills.make_job(tiny, 2, name) for name in ("never_killed", "killed"))
+    flags = [*kills.flags(straight), f"--code_cache={tiny}/code_cache"]
+    (tiny / "flags.json").write_text(json.dumps({2: [flags]}))
+    done = launcher.run("tests/ranks.py", tiny / "flags.json")
+    assert done.returncode == 0, done.stderr
+    expected = (straight.output_dir / "adapter_model.safetensors").read_bytes()
     plan = [("encode", 2, "machine"), ("save", 2, "machine"), ("train", 3, "ask"), ("train", 3, "term"),
             ("train", 3, "rank")]
-    adapter, log, done = kills.survive(killed, plan, random.Random(0))
-    assert len(done) == len(plan) and adapter == expected
-    for moment, _, how, _, steps_lost, seconds, code in done:
+    adapter, log, killings = kills.survive(killed, plan, random.Random(0))
+    assert len(killings) == len(plan) and adapter == expected
+    for moment, _, how, _, steps_lost, seconds, code in killings:
         assert how not in ("ask", "term") or (steps_lost == 0 and seconds < 25), (moment, how)
         assert how != "ask" or code == 0  # torchrun's own, when it was not signalled itself
     assert log.count("stopped at step ") == 2 and "Traceback" not in log.split("stopped at step ")[1]
-    again = kills.start(killed, restarts=0)
-    assert again.wait() == 0 and "finished before: 24 steps" in killed.log.read_text()
+    # Alone, with as many samples a step
+    again = launcher.run("trainer.py", *kills.flags(killed), "--batch_size=2")
+    assert again.returncode == 0 and "finished before: 24 steps" in again.stdout
 
 
-WAITS = """
-import time, trainer
-trainer.catch_signals()
-print("waiting", flush=True)
-while True:
-    time.sleep(0.1)  # a step: handlers run between two instructions of Python
-"""
+def catch_and_wait(ready):
+    trainer.catch_signals()
+    ready.set()
+    while True:
+        time.sleep(0.1)  # a step: handlers run between two instructions of Python
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_process_at_once(number):
     """One that comes in the same moment, as torchrun passes it on, is none."""
-    program = subprocess.Popen([sys.executable, "-c", WAITS], cwd=ROOT, stdout=subprocess.PIPE)
-    assert program.stdout.readline() == b"waiting\n"
-    for pause in (0.1, 2.5, 0):
-        program.send_signal(number)
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    process = fork.Process(target=catch_and_wait, args=[ready])
+    process.start()
+    ready.wait()
+    for pause in (0.1, 2.5):
+        os.kill(process.pid, number)
         time.sleep(pause)
-        if pause:
-            assert program.poll() is None
-    assert program.wait(timeout=2) == 128 + number
+        assert process.is_alive()
+    os.kill(process.pid, number)
+    process.join(2)
+    assert process.exitcode == 128 + number

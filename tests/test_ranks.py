@@ -1,23 +1,18 @@
 """Any split, same gradient: one optimizer step cut in every way, on 1, 2 and 4 ranks (fidelity, property 2).
 
-Each world size is one torchrun start (rank_worker.py), in which trainer.main runs once for each split. Every
-run resumes from a checkpoint whose LoRA B is not zero, and takes one step at dropout 0. Its gradient is read
-from AdamW's first moment, its losses from metrics.jsonl.
+trainer.main runs once for each split (ranks.py). Every run resumes from a checkpoint whose LoRA B is not
+zero, and takes one step at dropout 0. Its gradient is read from AdamW's first moment, its losses from
+metrics.jsonl.
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import soundfile
 import torch
 
-from tests import tiny_checkpoint
+from tests import launcher, tiny_checkpoint
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-ROOT = Path(__file__).resolve().parent.parent
 MOMENTUM = 0.9  # AdamW: exp_avg' = 0.9 exp_avg + 0.1 gradient
 TOKENS = ["--max_tokens", "400"]
 SPLITS = [  # manifest, ranks, batch_size, grad_accum, more flags; the first of each manifest is compared with
@@ -70,17 +65,14 @@ def steps(tiny, tmp_path_factory):
     """[(split, gradients of the LoRA tensors, metrics)] of the one step that each split takes."""
     folder = tmp_path_factory.mktemp("ranks")
     write_manifests(tiny)
-    for ranks in (1, 2, 4):
-        runs = [flags(tiny, manifest, f"{folder}/{manifest}", 1, batch_size, 1, "--lr=1e-2")
-                for manifest, batch_size in (("mixed", 8), ("few", 4), ("text", 4)) if ranks == 1]
-        runs += [flags(tiny, manifest, f"{folder}/{i}", 2, batch_size, accumulation, *more,
-                       f"--resume_from_checkpoint={folder}/{manifest}/checkpoint-1")
-                 for i, (manifest, world_size, batch_size, accumulation, more) in enumerate(SPLITS)
-                 if world_size == ranks]
-        (folder / "flags.json").write_text(json.dumps(runs))
-        command = [*TORCHRUN, f"--nproc_per_node={ranks}", "-m", "tests.rank_worker", folder / "flags.json"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
+    runs = {1: [flags(tiny, manifest, f"{folder}/{manifest}", 1, batch_size, 1, "--lr=1e-2")
+                for manifest, batch_size in (("mixed", 8), ("few", 4), ("text", 4))], 2: [], 4: []}
+    for i, (manifest, ranks, batch_size, accumulation, more) in enumerate(SPLITS):
+        runs[ranks].append(flags(tiny, manifest, f"{folder}/{i}", 2, batch_size, accumulation, *more,
+                                 f"--resume_from_checkpoint={folder}/{manifest}/checkpoint-1"))
+    (folder / "flags.json").write_text(json.dumps(runs))
+    done = launcher.run("tests/ranks.py", folder / "flags.json")
+    assert done.returncode == 0, done.stderr
 
     def moments(checkpoint):
         state = torch.load(folder / checkpoint / "trainer_state.pt", weights_only=True)["optimizer"]
