@@ -8,7 +8,8 @@ from pathlib import Path
 
 FOLDER = Path(tempfile.mkdtemp(prefix="tiny_checkpoint_"))
 # huggingface_hub reads these once, when it is imported: before any other import of ours
-os.environ.update(HF_HOME=f"{FOLDER}/huggingface", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HOME=f"{FOLDER}/huggingface", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
+                  OMP_NUM_THREADS="1")  # two workers share two cores
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -18,10 +19,10 @@ import trainer  # noqa: E402
 from tests import tiny_checkpoint  # noqa: E402
 
 def pytest_collection_modifyitems(items):
-    """Fast tests first: those that start torchrun or train come last."""
-    last = ["test_output", "test_merge", "test_listen", "test_training", "test_inputs", "test_preflight",
-            "test_benchmark", "test_hub", "test_kills", "test_ranks", "test_controls", "test_recordings",
-            "test_readme"]
+    """Fast tests first; of those that train, the longest first: so both workers end at about one time."""
+    last = ["test_output", "test_merge", "test_training", "test_inputs", "test_readme", "test_kills",
+            "test_ranks", "test_hub", "test_controls", "test_recordings", "test_listen", "test_preflight",
+            "test_benchmark"]
     items.sort(key=lambda item: last.index(item.path.stem) if item.path.stem in last else -1)
 
 
