@@ -1,6 +1,6 @@
 """Validation: prove the pipeline on this machine, look at your data, compare adapters.
 
-    python validate_pipeline.py               train a tiny random model, check it all: offline, on CPUs
+    python validate_pipeline.py               train a tiny random model, check it all: no GPU, no network
     python validate_pipeline.py --keep DIR    the same; checkpoint, clips and manifest stay in DIR
     python validate_pipeline.py --train_manifest M --base_ckpt B [any other option of trainer.py]
                                               preflight: what M holds, what is suspicious or too large
@@ -222,7 +222,7 @@ def speak(args, inputs, device):
     engine.collator.return_audio_in_tokens = inputs.data.collator.return_audio_in_tokens
     turns = inputs.data.entries[0]["messages"]
     reply = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    limit, _ = inputs.data.sample(0)  # positions of prompt and target: babble ends there
+    limit = min(1024, 2 * inputs.data.sample(0)[0])  # twice prompt and target: babble ends there
     waves = {}
     for name in ("base", "adapter"):
         (args.output_dir / f"{name}.wav").unlink(missing_ok=True)  # of another adapter

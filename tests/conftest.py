@@ -18,8 +18,13 @@ import lora  # noqa: E402
 import trainer  # noqa: E402
 from tests import tiny_checkpoint  # noqa: E402
 
+def pytest_unconfigure():
+    shutil.rmtree(FOLDER)
+
+
 def pytest_collection_modifyitems(items):
-    """Fast tests first; of those that train, the longest first: so both workers end at about one time."""
+    """Fast tests first; then a few short trainings; then the long ones, the longest of all first, so that
+    the two workers end at about the same time."""
     last = ["test_output", "test_merge", "test_training", "test_inputs", "test_readme", "test_kills",
             "test_ranks", "test_hub", "test_controls", "test_recordings", "test_listen", "test_preflight",
             "test_benchmark"]
@@ -30,8 +35,7 @@ def pytest_collection_modifyitems(items):
 def tiny():
     """Folder with model, codec, clips/ and train.json (see tiny_checkpoint.py)."""
     tiny_checkpoint.make_everything(FOLDER)
-    yield FOLDER
-    shutil.rmtree(FOLDER)
+    return FOLDER
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -94,13 +94,18 @@ def kill(job, running, how, rng):
         return running.wait(timeout=60)
 
 
-def finish(job, running):
-    """Wait for the end, which must be a good one. Returns (the adapter's bytes, all that was printed)."""
-    assert running.wait(timeout=300) == 0, job.log.read_text()
+def check(job):
+    """Look at what a finished job has left; returns the adapter's bytes."""
     assert logged(job) == list(range(1, STEPS + 1))  # each step once, whatever was lost and done again
     assert not list(job.output_dir.glob("*unfinished*"))
     assert all(dataset.load_codes(file).ndim == 2 for file in job.cache.glob("*.npy"))  # none is torn
-    return (job.output_dir / "adapter_model.safetensors").read_bytes(), job.log.read_text()
+    return (job.output_dir / "adapter_model.safetensors").read_bytes()
+
+
+def finish(job, running):
+    """Wait for the end, which must be a good one. Returns (the adapter's bytes, all that was printed)."""
+    assert running.wait(timeout=300) == 0, job.log.read_text()
+    return check(job), job.log.read_text()
 
 
 def survive(job, plan, rng):

@@ -13,13 +13,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = """
-import json, os, runpy, sys
+import json, os, runpy, signal, sys
 import librosa, matplotlib.pyplot, validate_pipeline
 librosa.load, librosa.effects.trim  # imported when they are named: seconds of numba and scipy
 for line in sys.stdin:
     command, cwd, folder = json.loads(line)
     child = os.fork()
     if child == 0:
+        signal.alarm(600)  # a program that hangs ends by it, with exit code -14
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for stream, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY), stream)

@@ -1,4 +1,4 @@
-"""Run trainer.main on so many ranks, forked: no torchrun, whose ranks would each import for ten seconds.
+"""Run trainer.main on so many forked ranks; under torchrun each of them would first import, for seconds.
 
     python -m tests.ranks FLAGS.json
 
@@ -7,17 +7,20 @@ FLAGS.json is {world size: [flags of a run, ...]}. The runs of one world size sh
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing import start_processes
 
 import trainer
 
 def run_rank(rank, world_size, port, runs):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=world_size, MASTER_ADDR="localhost", MASTER_PORT=port)
+    """What torchrun tells a rank, then the runs."""
+    signal.alarm(600)  # a rank that waits for ever ends by it
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world_size, MASTER_ADDR="localhost",
+                      MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
     group = trainer.join_ranks()
     trainer.join_ranks = lambda: group  # a process can join only once: the runs share the group
     for flags in runs:
@@ -27,5 +30,6 @@ def run_rank(rank, world_size, port, runs):
 
 
 for world_size, runs in json.loads(Path(sys.argv[1]).read_text()).items():
-    arguments = world_size, str(get_free_port()), runs
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # at a free port
+    arguments = world_size, str(store.port), runs
     start_processes(run_rank, arguments, nprocs=int(world_size), start_method="fork")

@@ -104,7 +104,7 @@ def test_the_manifest_is_one(tiny):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A copy of the repository, as a newcomer has it, and the environment without ours."""
+    """A copy of the repository, as a newcomer has it, and an environment without our hub's folder."""
     folder = tmp_path_factory.mktemp("clone") / "repo"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "tiny"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

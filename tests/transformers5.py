@@ -146,7 +146,8 @@ def open_codec(folder, hubert):
         acoustic_model_config=acoustic, semantic_model_config=HubertConfig.from_pretrained(hubert))
     codec = HiggsAudioV2TokenizerModel(config).eval()
     parts = codec_parts(len(ratios))
-    weights = without_weight_norm(torch.load(folder / "model.pth", map_location="cpu"))
+    halves = torch.load(folder / "model.pth", map_location="cpu")  # float16
+    weights = without_weight_norm({name: value.float() for name, value in halves.items()})
     codec.load_state_dict({codec_name(name, parts): value for name, value in weights.items()})  # strict
     return codec
 
