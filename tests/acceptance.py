@@ -36,7 +36,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 READY = """torchrun --nproc_per_node=8 trainer.py --train_manifest train.json --output_dir out \\
     --base_ckpt bosonai/higgs-audio-v2-generation-3B-base \\
     --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"""
-OVERFIT = ["--lora_dropout", "0", "--lr", "5e-3", "--grad_accum", "1", "--max_steps", "80"]
+OVERFIT = ["--lora_dropout", "0", "--lr", "5e-3", "--grad_accum", "1", "--max_steps", "60"]
 
 
 def run(*command):
@@ -48,14 +48,16 @@ def run(*command):
 
 def train(folder):
     """Overfit the three entries on two ranks; then step 21 alone, from checkpoint-20, on one and on two."""
-    common = ["trainer.py", "--train_manifest", folder / "train.json", "--base_ckpt", folder / "model",
-              "--audio_tokenizer", folder / "codec", *OVERFIT]
-    two_ranks = [*TORCHRUN, "--standalone", "--nproc_per_node=2", *common, "--batch_size", 2]
-    run(*two_ranks, "--save_steps", 20, "--save_total_limit", 9, "--output_dir", folder / "out")
-    again = ["--resume_from_checkpoint", folder / "out/checkpoint-20", "--max_steps", 21, "--save_steps", 21,
-             "--max_grad_norm", 1e9]
-    run(sys.executable, *common, "--batch_size", 4, *again, "--output_dir", folder / "one_rank")
-    run(*two_ranks, *again, "--output_dir", folder / "two_ranks")
+    flags = [f"--train_manifest={folder}/train.json", f"--base_ckpt={folder}/model",
+             f"--audio_tokenizer={folder}/codec", *OVERFIT]
+    run(*TORCHRUN, "--standalone", "--nproc_per_node=2", "trainer.py", *flags, "--batch_size=2",
+        "--save_steps=20", "--save_total_limit=9", f"--output_dir={folder}/out")
+    flags += [f"--resume_from_checkpoint={folder}/out/checkpoint-20", "--max_steps=21", "--save_steps=21",
+              "--max_grad_norm=1e9"]
+    runs = {1: [[*flags, "--batch_size=4", f"--output_dir={folder}/one_rank"]],
+            2: [[*flags, "--batch_size=2", f"--output_dir={folder}/two_ranks"]]}
+    (folder / "step_21.json").write_text(json.dumps(runs))
+    run(sys.executable, "-m", "tests.ranks", folder / "step_21.json")
 
 
 def open_lab(folder):

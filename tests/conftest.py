@@ -6,17 +6,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(tempfile.mkdtemp(prefix="tiny_checkpoint_"))
-# huggingface_hub reads these once, when it is imported: before any other import of ours
+# huggingface_hub reads these once, when it is imported. That is in the fixtures, and what takes seconds is
+# imported there, too: pytest-xdist's own process, which runs no test, comes here first
 os.environ.update(HF_HOME=f"{FOLDER}/huggingface", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
                   OMP_NUM_THREADS="1")  # two workers share two cores
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-import lora  # noqa: E402
-import trainer  # noqa: E402
-from tests import tiny_checkpoint  # noqa: E402
 
 def pytest_unconfigure():
     shutil.rmtree(FOLDER)
@@ -34,6 +31,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tiny():
     """Folder with model, codec, clips/ and train.json (see tiny_checkpoint.py)."""
+    from tests import tiny_checkpoint
+
     tiny_checkpoint.make_everything(FOLDER)
     return FOLDER
 
@@ -41,6 +40,10 @@ def tiny():
 @pytest.fixture(scope="session", autouse=True)
 def process_group():
     """A group of one rank, as trainer.py makes without torchrun: its functions ask for the world size."""
+    import torch
+
+    import trainer
+
     trainer.join_ranks()
     yield
     torch.distributed.destroy_process_group()
@@ -49,6 +52,10 @@ def process_group():
 @pytest.fixture(scope="session")
 def open_data(tiny, tmp_path_factory):
     """Call it with entries (paths as in train.json) and flags: the StepDataset that trainer.py trains on."""
+    import torch
+
+    import trainer
+
     def open_data(entries, *flags, model=None):
         manifest = tiny / f"manifest_{len(list(tiny.glob('manifest_*')))}.json"
         manifest.write_text(json.dumps(entries))
@@ -65,6 +72,10 @@ def open_data(tiny, tmp_path_factory):
 @pytest.fixture
 def lora_model(tiny):
     """A fresh PeftModel on the tiny base in float32; B is moved off its initial zero, so that A matters."""
+    import torch
+
+    import lora
+
     base = lora.load_base(tiny / "model", torch.float32, "cpu")
     model = lora.attach(base, r=4, alpha=8, dropout=0.0, seed=0)
     for name, parameter in model.named_parameters():

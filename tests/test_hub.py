@@ -1,17 +1,14 @@
 """The hub as it is since April 2026, in its cache's layout, offline: names, revisions, what is refused."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 
 import pytest
 
 import lora
 from dataset import PipelineError
 from tests import launcher
-from tests.test_inputs import ROOT, TWO_RANKS
 
 BASE, CODEC = lora.ORIGINALS
 NEW = "f" * 40  # main's revision: transformers' own format
@@ -46,18 +43,14 @@ def home(tiny, tmp_path_factory):
     return home
 
 
-def run(home, *command):
-    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def trained(tiny, home):
-    """--output_dir of the user's own command, under torchrun, which names the base and no codec."""
+    """--output_dir of the user's own flags, on two ranks, which name the base and no codec."""
     out = home / "out"
-    done = run(home, *TWO_RANKS, "trainer.py", "--train_manifest", tiny / "train.json", "--output_dir", out,
-               "--base_ckpt", BASE, "--batch_size", 2, "--lr", "2e-4", "--epochs", 2, "--grad_accum", 8,
-               "--lora_r", 16, "--lora_alpha", 32, "--lora_dropout", 0.05)
+    flags = f"""--train_manifest {tiny}/train.json --output_dir {out} --base_ckpt {BASE} --batch_size 2
+        --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"""
+    (home / "flags.json").write_text(json.dumps({2: [flags.split()]}))
+    done = launcher.run("tests/ranks.py", home / "flags.json", home=home)
     assert done.returncode == 0, done.stderr
     return out
 
