@@ -222,7 +222,7 @@ def speak(args, inputs, device):
     engine.collator.return_audio_in_tokens = inputs.data.collator.return_audio_in_tokens
     turns = inputs.data.entries[0]["messages"]
     reply = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    limit = min(1024, inputs.data.sample(0)[0])  # positions of prompt and target: babble ends there
+    limit = min(1024, 2 * inputs.data.sample(0)[0])  # twice prompt and target: babble ends there
     waves = {}
     for name in ("base", "adapter"):
         (args.output_dir / f"{name}.wav").unlink(missing_ok=True)  # of another adapter

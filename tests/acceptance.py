@@ -252,11 +252,13 @@ def accept(keep):
     """Build, train and check everything in the folder `keep`, or in a temporary one."""
     with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
         folder = Path(folder).resolve()
-        hub = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        if not hub.items() <= os.environ.items():  # huggingface_hub reads them once, when it is imported
+        settings = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
+                    "CUDA_VISIBLE_DEVICES": ""}  # one GPU cannot have two ranks; and the same figures for all
+        if not settings.items() <= os.environ.items():  # libraries read them once, when they are imported
             if any(folder.glob("*")):
                 sys.exit(f"--keep {folder} is not empty; choose another folder")
-            sys.exit(subprocess.call([sys.executable, sys.argv[0], "--keep", folder], env=os.environ | hub))
+            command = [sys.executable, sys.argv[0], "--keep", folder]
+            sys.exit(subprocess.call(command, env=os.environ | settings))
         if failed := validate(folder):
             sys.exit(f"FAILED: {', '.join(failed)}")
     print("🎉 ALL VALIDATION TESTS PASSED!")

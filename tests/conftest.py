@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(tempfile.mkdtemp(prefix="tiny_checkpoint_"))
-# huggingface_hub reads these once, when it is imported. That is in the fixtures, and what takes seconds is
-# imported there, too: pytest-xdist's own process, which runs no test, comes here first
+# huggingface_hub reads these once, when it is imported: by the tests' files, later. Nor is anything else
+# imported here that takes seconds: pytest-xdist's own process, which runs no test, comes here first
 os.environ.update(HF_HOME=f"{FOLDER}/huggingface", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
-                  OMP_NUM_THREADS="1")  # two workers share two cores
+                  OMP_NUM_THREADS="1",  # two workers share two cores
+                  CUDA_VISIBLE_DEVICES="")  # where there is one GPU it cannot have two ranks
 
 
 def pytest_unconfigure():

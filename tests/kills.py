@@ -80,7 +80,7 @@ def wait_for(moment, amount, job, running):
                 "train": max(logged(job), default=0) >= before + amount, "save": saves >= amount}
         if come[moment]:
             return True
-        time.sleep(0.01)  # a save takes ten times as long
+        time.sleep(0.001 if moment == "save" else 0.01)  # a save can take 17 ms
     return False
 
 

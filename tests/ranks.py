@@ -18,13 +18,16 @@ import trainer
 
 def run_rank(rank, world_size, port, runs):
     """What torchrun tells a rank, then the runs."""
-    signal.alarm(600)  # a rank that waits for ever ends by it
+    signal.alarm(300)  # a rank that waits for ever ends by it
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world_size, MASTER_ADDR="localhost",
                       MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
     group = trainer.join_ranks()
     trainer.join_ranks = lambda: group  # a process can join only once: the runs share the group
-    for flags in runs:
-        trainer.main(trainer.parse_args(flags))
+    try:
+        for flags in runs:
+            trainer.main(trainer.parse_args(flags))
+    except Exception:
+        trainer.fail(*sys.exc_info())  # as sys.excepthook does: at once, not waiting for workers
     dist.destroy_process_group()
     trainer.leave(0)
 

@@ -12,7 +12,7 @@ import pytest
 import trainer
 from tests import kills, launcher
 
-def run_unkilled(job):
+def run_to_the_end(job):
     """The job's command on its two ranks, without torchrun: what was printed."""
     file = job.folder / "flags.json"
     file.write_text(json.dumps({job.ranks: [kills.flags(job)]}))
@@ -24,7 +24,7 @@ def run_unkilled(job):
 def test_a_killed_job_ends_in_the_same_adapter(tiny):
     """While encoding, in the middle of a save, one rank alone; and asked to stop, all ranks or only one."""
     straight, killed = (kills.make_job(tiny, 2, name) for name in ("never_killed", "killed"))
-    run_unkilled(straight)
+    run_to_the_end(straight)
     expected = kills.check(straight)
     plan = [("encode", 2, "machine"), ("save", 2, "machine"), ("train", 3, "ask"), ("train", 3, "term"),
             ("train", 3, "rank")]
@@ -35,7 +35,7 @@ def test_a_killed_job_ends_in_the_same_adapter(tiny):
         assert how not in ("ask", "term") or (steps_lost == 0 and seconds < 25), (moment, how)
         assert how != "ask" or code == 0  # torchrun's own, when it was not signalled itself
     assert log.count("stopped at step ") == 2 and "Traceback" not in log.split("stopped at step ")[1]
-    assert "finished before: 24 steps" in run_unkilled(killed)
+    assert "finished before: 24 steps" in run_to_the_end(killed)
 
 
 def catch_and_wait(ready):
@@ -63,3 +63,4 @@ def test_a_second_signal_ends_the_process_at_once(number):
         assert process.exitcode == 128 + number
     finally:
         process.kill()
+        process.join()
