@@ -56,8 +56,7 @@ def train(folder):
               "--max_grad_norm=1e9"]
     runs = {1: [[*flags, "--batch_size=4", f"--output_dir={folder}/one_rank"]],
             2: [[*flags, "--batch_size=2", f"--output_dir={folder}/two_ranks"]]}
-    (folder / "step_21.json").write_text(json.dumps(runs))
-    run(sys.executable, "-m", "tests.ranks", folder / "step_21.json")
+    run(sys.executable, "-m", "tests.ranks", json.dumps(runs))
 
 
 def open_lab(folder):
@@ -248,13 +247,18 @@ def validate(folder):
     return failed
 
 
+def environment(folder):
+    """What the libraries read once, when they are imported."""
+    return {"HF_HOME": f"{folder}/huggingface", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
+            "CUDA_VISIBLE_DEVICES": ""}  # one GPU cannot have two ranks; and the same figures for all
+
+
 def accept(keep):
     """Build, train and check everything in the folder `keep`, or in a temporary one."""
     with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
         folder = Path(folder).resolve()
-        settings = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
-                    "CUDA_VISIBLE_DEVICES": ""}  # one GPU cannot have two ranks; and the same figures for all
-        if not settings.items() <= os.environ.items():  # libraries read them once, when they are imported
+        settings = environment(folder)
+        if not settings.items() <= os.environ.items():
             if any(folder.glob("*")):
                 sys.exit(f"--keep {folder} is not empty; choose another folder")
             command = [sys.executable, sys.argv[0], "--keep", folder]

@@ -1,15 +1,14 @@
 """Run trainer.main on so many forked ranks; under torchrun each of them would first import, for seconds.
 
-    python -m tests.ranks FLAGS.json
+    python -m tests.ranks '{"2": [["--train_manifest=train.json", "--output_dir=out"]]}'
 
-FLAGS.json is {world size: [flags of a run, ...]}. The runs of one world size share its processes.
+{world size: [flags of a run, ...]}, as JSON. The runs of one world size share its processes.
 """
 
 import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
@@ -32,7 +31,7 @@ def run_rank(rank, world_size, port, runs):
     trainer.leave(0)
 
 
-for world_size, runs in json.loads(Path(sys.argv[1]).read_text()).items():
+for world_size, runs in json.loads(sys.argv[1]).items():
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # at a free port
     arguments = world_size, str(store.port), runs
     start_processes(run_rank, arguments, nprocs=int(world_size), start_method="fork")

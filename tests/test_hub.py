@@ -49,8 +49,7 @@ def trained(tiny, home):
     out = home / "out"
     flags = f"""--train_manifest {tiny}/train.json --output_dir {out} --base_ckpt {BASE} --batch_size 2
         --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"""
-    (home / "flags.json").write_text(json.dumps({2: [flags.split()]}))
-    done = launcher.run("tests/ranks.py", home / "flags.json", home=home)
+    done = launcher.run("tests/ranks.py", json.dumps({2: [flags.split()]}), home=home)
     assert done.returncode == 0, done.stderr
     return out
 

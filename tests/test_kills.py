@@ -14,9 +14,7 @@ from tests import kills, launcher
 
 def run_to_the_end(job):
     """The job's command on its two ranks, without torchrun: what was printed."""
-    file = job.folder / "flags.json"
-    file.write_text(json.dumps({job.ranks: [kills.flags(job)]}))
-    done = launcher.run("tests/ranks.py", file)
+    done = launcher.run("tests/ranks.py", json.dumps({job.ranks: [kills.flags(job)]}))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -185,9 +185,7 @@ def test_the_answer_is_heard(clone, step_by_step):
 
 def test_a_failed_check_is_named(monkeypatch, tmp_path):
     """Catches a validation that prints its last lines whatever happened."""
-    settings = {"HF_HOME": f"{tmp_path}/huggingface", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
-                "CUDA_VISIBLE_DEVICES": ""}
-    for name, value in settings.items():
+    for name, value in acceptance.environment(tmp_path).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["validate_pipeline.py", "--keep", str(tmp_path)])
     for name in ("train", "open_lab"):

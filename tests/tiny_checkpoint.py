@@ -103,9 +103,12 @@ def make_hubert(hub):
 
 
 def make_codec(folder, seed=0, n_q=8, bins=1024):
-    """The real codec class, 24 kHz, 25 frames/s; its codebooks come from 8 s of speech-like sound."""
+    """The real codec class, 24 kHz, 25 frames/s; its codebooks come from 8 s of speech-like sound.
+
+    Four strides, not the released codec's five: 74 million weights, not 108, and encoding takes half as long.
+    """
     config = dict(n_filters=32, D=64, codebook_dim=32, target_bandwidths=[0.5, 1, 1.5, 2, 4],
-                  ratios=[8, 5, 4, 2, 3], sample_rate=SAMPLE_RATE, bins=bins, n_q=n_q,
+                  ratios=[10, 6, 4, 4], sample_rate=SAMPLE_RATE, bins=bins, n_q=n_q,
                   semantic_techer="hubert_base_general")
     torch.manual_seed(seed)
     codec = HiggsAudioTokenizer(**config, device="cpu").eval()
@@ -114,7 +117,7 @@ def make_codec(folder, seed=0, n_q=8, bins=1024):
     codec.encode(speech_like(8.0, seed=99), SAMPLE_RATE)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    # Its 107 million weights are hashed and read at each start: half as long in float16, which boson's
+    # Its weights are hashed and read at each start: half as long in float16, which boson's
     # loader copies into a float32 codec
     torch.save({name: tensor.half() for name, tensor in codec.state_dict().items()}, folder / "model.pth")
 
