@@ -1,5 +1,6 @@
 """The tiny checkpoint, built once a session, and the trainer's own view of manifests over its clips."""
 
+import gc
 import json
 import os
 import shutil
@@ -45,6 +46,7 @@ def process_group():
 
     import trainer
 
+    gc.freeze()  # each load of a model collects: no need to look at all that was imported
     trainer.join_ranks()
     yield
     torch.distributed.destroy_process_group()

@@ -5,7 +5,6 @@ A start takes a second instead of ten. What a child prints, and its exit code, a
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,9 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = """
-import json, os, runpy, signal, sys
+import gc, json, os, runpy, signal, sys
 import librosa, matplotlib.pyplot, validate_pipeline
 librosa.load, librosa.effects.trim  # imported when they are named: seconds of numba and scipy
+gc.freeze()  # no collection looks at what was imported, nor copies its memory in a child
 for line in sys.stdin:
     command, cwd, folder = json.loads(line)
     child = os.fork()
@@ -37,17 +37,17 @@ for line in sys.stdin:
 
 
 @functools.cache
-def start(home):
-    """The process, with this HF_HOME: huggingface_hub reads it once, when it is imported."""
-    return subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=os.environ | {"HF_HOME": home},
+def start():
+    """The process that has done the imports."""
+    return subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def run(program, *options, cwd=ROOT, home=None):
+def run(program, *options, cwd=ROOT):
     """`python program options`, a file of the repository or -c and code: subprocess.CompletedProcess."""
     if program != "-c":
         program = ROOT / program
-    command, server = list(map(str, [program, *options])), start(str(home or os.environ["HF_HOME"]))
+    command, server = list(map(str, [program, *options])), start()
     with tempfile.TemporaryDirectory() as folder:
         server.stdin.write(json.dumps([command, str(cwd), folder]) + "\n")
         server.stdin.flush()

@@ -33,23 +33,29 @@ def add_repository(hub, name, original, new_config):
 
 
 @pytest.fixture(scope="module")
-def home(tiny, tmp_path_factory):
-    """A HF_HOME: base and codec as on today's hub, the HuBERT of the tiny checkpoint."""
-    home = tmp_path_factory.mktemp("home")
-    shutil.copytree(tiny / "huggingface/hub", home / "hub")
-    add_repository(home / "hub", BASE, tiny / "model", {"model_type": "higgs_audio_v2"})
-    add_repository(home / "hub", CODEC, tiny / "codec", {
+def hub(tiny):
+    """The hub's cache: base and codec as on today's hub, beside the HuBERT of the tiny checkpoint."""
+    hub = tiny / "huggingface/hub"
+    add_repository(hub, BASE, tiny / "model", {"model_type": "higgs_audio_v2"})
+    add_repository(hub, CODEC, tiny / "codec", {
         "model_type": "higgs_audio_v2_tokenizer", "acoustic_model_config": {"model_type": "dac"}})
-    return home
+    hubert = (hub / "models--bosonai--hubert_base/refs/main").read_text()
+    yield hub
+    (hub / "models--bosonai--hubert_base/refs/main").write_text(hubert)
 
 
 @pytest.fixture(scope="module")
-def trained(tiny, home):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, hub, folder):
     """--output_dir of the user's own flags, on two ranks, which name the base and no codec."""
-    out = home / "out"
+    out = folder / "out"
     flags = f"""--train_manifest {tiny}/train.json --output_dir {out} --base_ckpt {BASE} --batch_size 2
         --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"""
-    done = launcher.run("tests/ranks.py", json.dumps({2: [flags.split()]}), home=home)
+    done = launcher.run("tests/ranks.py", json.dumps({2: [flags.split()]}))
     assert done.returncode == 0, done.stderr
     return out
 
@@ -61,43 +67,43 @@ def test_the_users_command_starts_by_name_alone(trained):
 
 
 @pytest.fixture(scope="module")
-def told(tiny, home, trained):
+def told(tiny, hub, folder, trained):
     """[(exit code, output)] of the commands below; the last finds code of its own beside HuBERT's config."""
-    for config in (home / "hub/models--bosonai--hubert_base/snapshots").glob("*/config.json"):
+    for config in (hub / "models--bosonai--hubert_base/snapshots").glob("*/config.json"):
         settings = json.loads(config.read_text())
         settings["auto_map"] = {"AutoModel": "evil.Evil"}
         evil = config.parent.parent / EVIL_REVISION
         shutil.copytree(config.parent, evil)
         (evil / "config.json").write_text(json.dumps(settings))
-        (evil / "evil.py").write_text(EVIL.format(str(home / "it_ran")))
-        other = home / "hub/models--evil--repo"
+        (evil / "evil.py").write_text(EVIL.format(str(folder / "it_ran")))
+        other = hub / "models--evil--repo"
         shutil.copytree(evil, other / "snapshots" / EVIL_REVISION)
         (other / "refs").mkdir()
         (other / "refs/main").write_text(EVIL_REVISION)
         shutil.copytree(config.parent, evil.parent / ADAPTER_REVISION)
         (evil.parent / ADAPTER_REVISION / "adapter_config.json").write_text(
             '{"base_model_name_or_path": "evil/repo", "peft_type": "LORA"}')
-    train = ["trainer.py", "--train_manifest", tiny / "train.json", "--output_dir", home / "new"]
-    refs = home / "hub/models--bosonai--hubert_base/refs/main"
+    train = ["trainer.py", "--train_manifest", tiny / "train.json", "--output_dir", folder / "new"]
+    refs = hub / "models--bosonai--hubert_base/refs/main"
     commands = [
-        ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", trained, "--output_dir", home / "a/merged"],
+        ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", trained, "--output_dir", folder / "a/merged"],
         ["validate_pipeline.py", "--base_ckpt", f"{BASE}@{lora.ORIGINALS[BASE]}", "--train_manifest",
-         tiny / "train.json", "--adapter", trained, "--output_dir", home / "listen"],
+         tiny / "train.json", "--adapter", trained, "--output_dir", folder / "listen"],
         [*train, "--base_ckpt", f"{BASE}@main"],
         [*train, "--audio_tokenizer", f"{CODEC}@{NEW}"],
         [*train, "--base_ckpt", f"{BASE}@{'0' * 40}"],
-        ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", "no/adapter@v1", "--output_dir", home / "b"]]
-    runs = [launcher.run(*command, home=home) for command in commands]
+        ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", "no/adapter@v1", "--output_dir", folder / "b"]]
+    runs = [launcher.run(*command) for command in commands]
     for revision in (EVIL_REVISION, ADAPTER_REVISION):
         refs.write_text(revision)
-        runs.append(launcher.run(*train, "--code_cache", home / "empty", home=home))
+        runs.append(launcher.run(*train, "--code_cache", folder / "empty"))
     return [(done.returncode, done.stdout + done.stderr) for done in runs]
 
 
-def test_merge_and_comparison_take_names(home, told):
+def test_merge_and_comparison_take_names(folder, told):
     (merged, _), (compared, losses) = told[:2]
     assert merged == compared == 0 and "best        " in losses
-    assert json.loads((home / "a/merged/config.json").read_text())["_name_or_path"] == BASE
+    assert json.loads((folder / "a/merged/config.json").read_text())["_name_or_path"] == BASE
 
 
 def test_the_new_format_is_refused_with_the_remedy(told):
@@ -114,11 +120,11 @@ def test_what_is_not_cached_is_named_with_its_revision(told):
     assert "huggingface-cli download no/adapter --revision v1" in no_adapter
 
 
-def test_code_from_the_hub_does_not_run(home, told):
+def test_code_from_the_hub_does_not_run(folder, told):
     """Catches the codec's class, which loads HuBERT with trust_remote_code=True."""
     for (code, output), revision in zip(told[-2:], (EVIL_REVISION, ADAPTER_REVISION), strict=True):
         assert code == 1 and f"bosonai/hubert_base, revision {revision}, would run code" in output
-    assert "evil.Evil" in told[-2][1] and not (home / "it_ran").exists()
+    assert "evil.Evil" in told[-2][1] and not (folder / "it_ran").exists()
 
 
 def test_a_folder_in_the_new_format_is_refused(tmp_path):

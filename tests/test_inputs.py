@@ -23,7 +23,6 @@ from dataset import PipelineError
 from tests import launcher, tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
-TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 TONE = tiny_checkpoint.speech_like(0.5, seed=7)
 
 
@@ -153,21 +152,16 @@ def test_a_second_run_encodes_nothing(open_data, entries, monkeypatch):
     open_data(entries)
 
 
-def launch(*command):
-    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 def test_one_bad_clip_ends_all_ranks_with_one_message(tiny, tmp_path, bad_clips):
     """Only the rank that was dealt the clip sees it: the others must neither hang nor go on."""
     manifest = tmp_path / "train.json"
     clips = bad_clips["text"][0], tiny / "clips/voice_b.wav"
     manifest.write_text(json.dumps([reply_with(clip) for clip in clips]))
-    flags = ["trainer.py", "--train_manifest", manifest, "--output_dir", tmp_path / "out", "--base_ckpt",
-             tiny / "model", "--audio_tokenizer", tiny / "codec"]
-    done = launch(*TWO_RANKS, *flags)
-    ours = done.stderr.split("torch/distributed/elastic")[0].split("ChildFailedError")[0]
+    flags = [f"--train_manifest={manifest}", f"--output_dir={tmp_path / 'out'}",
+             f"--base_ckpt={tiny / 'model'}", f"--audio_tokenizer={tiny / 'codec'}"]
+    done = launcher.run("tests/ranks.py", json.dumps({2: [flags]}))
     assert done.returncode == 1 and done.stderr.count("error: clips: 1 problem(s)") == 1
-    assert f"entry 0: {bad_clips['text'][0]}: cannot be decoded" in ours
+    assert f"entry 0: {bad_clips['text'][0]}: cannot be decoded" in done.stderr
     assert "trainer.py\", line" not in done.stderr and not (tmp_path / "out/metrics.jsonl").exists()
 
 
@@ -203,9 +197,11 @@ def test_a_rank_that_fails_alone_ends_the_job(tiny, tmp_path):
     manifest.write_text(json.dumps(text))
     program = tmp_path / "program.py"
     program.write_text(FAILS_ALONE.format(root=ROOT))
-    done = launch(*TWO_RANKS, program, "--train_manifest", manifest, "--output_dir", tmp_path / "out",
-                  "--base_ckpt", tiny / "model", "--audio_tokenizer", tiny / "codec", "--batch_size", 1,
-                  "--grad_accum", 1)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program,
+         "--train_manifest", manifest, "--output_dir", tmp_path / "out", "--base_ckpt", tiny / "model",
+         "--audio_tokenizer", tiny / "codec", "--batch_size=1", "--grad_accum=1"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.count("error: entry 30 is bad") == 1
 
 
