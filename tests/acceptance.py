@@ -204,8 +204,10 @@ def generate(engine, entry):
     return codes, answer.usage["completion_tokens"] < limit and answer.generated_text.endswith("<|eot_id|>")
 
 
-def check_learned(lab, adapter="out"):
-    """Given the prompt alone, upstream's engine with the adapter speaks each entry's own target codes."""
+def answer_all(lab, adapter):
+    """Let upstream's engine with the adapter answer each entry's prompt: (shares of codes that are the
+    target's, whether it stopped by itself), a list each.
+    """
     lab.engine.model = PeftModel.from_pretrained(lab.model, lab.folder / adapter).eval()
     accuracies, stops = [], []
     for entry in lab.entries:
@@ -216,6 +218,12 @@ def check_learned(lab, adapter="out"):
         accuracies.append((codes == target).float().mean().item() if same_length else 0.0)
         stops.append(stopped)
     lab.engine.model = lab.engine.model.unload()
+    return accuracies, stops
+
+
+def check_learned(lab):
+    """Given the prompt alone, upstream's engine with the adapter speaks each entry's own target codes."""
+    accuracies, stops = answer_all(lab, "out")
     shares = ", ".join(f"{accuracy:.1%}" for accuracy in accuracies)
     passed = min(accuracies) >= 0.99 and all(stops)
     return passed, f"{shares} of the codes are the target's; {sum(stops)} of {len(stops)} stop by themselves"

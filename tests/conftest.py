@@ -46,7 +46,7 @@ def process_group():
 
     import trainer
 
-    gc.freeze()  # each load of a model collects: no need to look at all that was imported
+    gc.freeze()  # lora.load_base collects each time: not all that was imported, too
     trainer.join_ranks()
     yield
     torch.distributed.destroy_process_group()

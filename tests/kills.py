@@ -37,23 +37,27 @@ def flags(job):
             "--save_steps=2", f"--max_steps={STEPS}", "--resume_from_checkpoint=auto"]
 
 
-def start(job, restarts=0):
-    """torchrun, as a user would start it, and start it again."""
+def start(job, restarts=0, how=None):
+    """torchrun, as a user would start it, and start it again. Where the next kill is all processes' at once,
+    torchrun's too, the ranks are forked instead: they import but once.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--max_restarts={restarts}",
                f"--nproc_per_node={job.ranks}", "trainer.py", *flags(job)]
+    if how == "machine":
+        command = [sys.executable, "-m", "tests.ranks", json.dumps({job.ranks: [flags(job)]})]
     with open(job.log, "a") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
 
 def processes(job, ranks_only=False):
-    """Ids of the job's living processes: torchrun, its ranks, their workers."""
+    """Ids of the job's living processes: torchrun or tests/ranks.py, the ranks, their workers."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            words = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdecimal() else []
-            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1] if words else ""
-            if f"--output_dir={job.output_dir}" in words and "trainer.py" in words:
-                found.append((int(entry.name), int(parent), "torch.distributed.run" in words))
+            command = (entry / "cmdline").read_bytes().decode() if entry.name.isdecimal() else ""
+            if f"--output_dir={job.output_dir}" in command:
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                found.append((int(entry.name), int(parent), "torch.distributed.run" in command))
     torchruns = [pid for pid, _, is_torchrun in found if is_torchrun]
     return [pid for pid, parent, _ in found if not ranks_only or parent in torchruns]
 
@@ -114,9 +118,9 @@ def survive(job, plan, rng):
     A kill is (moment, amount, how, last step logged, steps to be done again, seconds to its end, exit code).
     Where one rank was killed, torchrun's --max_restarts goes on; after the others the job is started again.
     """
-    kills, restarts = [], sum(how == "rank" for _, _, how in plan)
-    running = start(job, restarts)
+    kills, restarts, running = [], sum(how == "rank" for _, _, how in plan), None
     for moment, amount, how in plan:
+        running = running or start(job, restarts, how)
         if not wait_for(moment, amount, job, running):
             break
         step, began = max(logged(job), default=0), time.monotonic()
@@ -124,8 +128,8 @@ def survive(job, plan, rng):
         saved = max((int(path.name[11:]) for path in job.output_dir.glob("checkpoint-*")), default=0)
         kills.append((moment, amount, how, step, max(step - saved, 0), took, code))
         if how != "rank":
-            running = start(job, restarts)
-    return *finish(job, running), kills
+            running = None
+    return *finish(job, running or start(job)), kills
 
 
 def main():

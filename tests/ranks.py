@@ -34,4 +34,6 @@ def run_rank(rank, world_size, port, runs):
 for world_size, runs in json.loads(sys.argv[1]).items():
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # at a free port
     arguments = world_size, str(store.port), runs
-    start_processes(run_rank, arguments, nprocs=int(world_size), start_method="fork")
+    ranks = start_processes(run_rank, arguments, nprocs=int(world_size), join=False, start_method="fork")
+    while not ranks.join(grace_period=10):  # else the first that fails ends the one that tells why
+        pass

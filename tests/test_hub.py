@@ -11,6 +11,7 @@ from dataset import PipelineError
 from tests import launcher
 
 BASE, CODEC = lora.ORIGINALS
+HUBERT_MAIN = "models--bosonai--hubert_base/refs/main"
 NEW = "f" * 40  # main's revision: transformers' own format
 EVIL_REVISION, ADAPTER_REVISION = "e" * 40, "a" * 40  # of HuBERT: with code; with an adapter of such a one
 EVIL = """
@@ -39,14 +40,15 @@ def hub(tiny):
     add_repository(hub, BASE, tiny / "model", {"model_type": "higgs_audio_v2"})
     add_repository(hub, CODEC, tiny / "codec", {
         "model_type": "higgs_audio_v2_tokenizer", "acoustic_model_config": {"model_type": "dac"}})
-    hubert = (hub / "models--bosonai--hubert_base/refs/main").read_text()
+    main = hub / HUBERT_MAIN
+    revision = main.read_text()
     yield hub
-    (hub / "models--bosonai--hubert_base/refs/main").write_text(hubert)
+    main.write_text(revision)  # what else is there now has names that no other test asks for
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("hub")
+    return tmp_path_factory.mktemp("outputs")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,6 @@ def told(tiny, hub, folder, trained):
         (evil.parent / ADAPTER_REVISION / "adapter_config.json").write_text(
             '{"base_model_name_or_path": "evil/repo", "peft_type": "LORA"}')
     train = ["trainer.py", "--train_manifest", tiny / "train.json", "--output_dir", folder / "new"]
-    refs = hub / "models--bosonai--hubert_base/refs/main"
     commands = [
         ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", trained, "--output_dir", folder / "a/merged"],
         ["validate_pipeline.py", "--base_ckpt", f"{BASE}@{lora.ORIGINALS[BASE]}", "--train_manifest",
@@ -95,7 +96,7 @@ def told(tiny, hub, folder, trained):
         ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", "no/adapter@v1", "--output_dir", folder / "b"]]
     runs = [launcher.run(*command) for command in commands]
     for revision in (EVIL_REVISION, ADAPTER_REVISION):
-        refs.write_text(revision)
+        (hub / HUBERT_MAIN).write_text(revision)
         runs.append(launcher.run(*train, "--code_cache", folder / "empty"))
     return [(done.returncode, done.stdout + done.stderr) for done in runs]
 
