@@ -221,12 +221,16 @@ def answer_all(lab, adapter):
     return accuracies, stops
 
 
-def check_learned(lab):
-    """Given the prompt alone, upstream's engine with the adapter speaks each entry's own target codes."""
-    accuracies, stops = answer_all(lab, "out")
+def judge(accuracies, stops):
+    """Of answer_all's two lists: (whether all entries are spoken to their ends, the figure)."""
     shares = ", ".join(f"{accuracy:.1%}" for accuracy in accuracies)
     passed = min(accuracies) >= 0.99 and all(stops)
     return passed, f"{shares} of the codes are the target's; {sum(stops)} of {len(stops)} stop by themselves"
+
+
+def check_learned(lab):
+    """Given the prompt alone, upstream's engine with the adapter speaks each entry's own target codes."""
+    return judge(*answer_all(lab, "out"))
 
 
 TABLE = {

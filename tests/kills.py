@@ -41,12 +41,13 @@ def start(job, restarts=0, how=None):
     """torchrun, as a user would start it, and start it again. Where the next kill is all processes' at once,
     torchrun's too, the ranks are forked instead: they import but once.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--max_restarts={restarts}",
-               f"--nproc_per_node={job.ranks}", "trainer.py", *flags(job)]
     if how == "machine":
-        command = [sys.executable, "-m", "tests.ranks", json.dumps({job.ranks: [flags(job)]})]
+        command = ["tests.ranks", json.dumps({job.ranks: [flags(job)]})]
+    else:
+        command = ["torch.distributed.run", "--standalone", f"--max_restarts={restarts}",
+                   f"--nproc_per_node={job.ranks}", "trainer.py", *flags(job)]
     with open(job.log, "a") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stdout=log, stderr=log)
 
 
 def processes(job, ranks_only=False):

@@ -159,8 +159,8 @@ def test_one_bad_clip_ends_all_ranks_with_one_message(tiny, tmp_path, bad_clips)
     manifest = tmp_path / "train.json"
     clips = bad_clips["text"][0], tiny / "clips/voice_b.wav"
     manifest.write_text(json.dumps([reply_with(clip) for clip in clips]))
-    flags = [f"--train_manifest={manifest}", f"--output_dir={tmp_path / 'out'}",
-             f"--base_ckpt={tiny / 'model'}", f"--audio_tokenizer={tiny / 'codec'}"]
+    flags = [f"--train_manifest={manifest}", f"--output_dir={tmp_path}/out", f"--base_ckpt={tiny}/model",
+             f"--audio_tokenizer={tiny}/codec"]
     done = launcher.run("tests/ranks.py", json.dumps({2: [flags]}))
     assert "terminated with exit code 1" in done.stderr
     assert done.returncode == 1 and done.stderr.count("error: clips: 1 problem(s)") == 1
