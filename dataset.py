@@ -28,15 +28,30 @@ from transformers import PretrainedConfig, utils
 # What becomes structure in a text (scene and instruction marks may); lone surrogates are no text
 NOT_TEXT = re.compile("<\\|(?!scene_desc_|generation_instruction_)[^|<>]*\\|>|[\ud800-\udfff]")
 FILE_ERRORS = (  # what libraries raised on missing, damaged and foreign files
-    OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
-    MemoryError, SyntaxError, UnpicklingError, DecodeError, librosa.LibrosaError, SafetensorError)
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    SyntaxError,
+    UnpicklingError,
+    DecodeError,
+    librosa.LibrosaError,
+    SafetensorError,
+)
 is_file = functools.cache(os.path.isfile)
 well_typed = set()  # (class, names and types of fields) that dacite took: it takes 15 us
 # Of a micro-batch or step. labels: (1 + num_codebooks,), of the text, then each codebook
 Counts = namedtuple("Counts", "labels samples positions padded_positions")
 
+
 class PipelineError(Exception):
     """The user's input is at fault: says where, what was seen and what to do."""
+
 
 @contextlib.contextmanager
 def blaming(what):
@@ -46,6 +61,7 @@ def blaming(what):
     except FILE_ERRORS as error:
         raise PipelineError(f"{what} ({type(error).__name__}: {error})") from None
 
+
 def refuse(source, problems):
     """Raise one PipelineError for all `problems`, [(where, what)], if there are any."""
     lines = [f"  {where}: {what}" for where, what in problems[:20]]
@@ -53,6 +69,7 @@ def refuse(source, problems):
         lines.append(f"  ... and {len(problems) - 20} more")
     if problems:
         raise PipelineError("\n".join([f"{source}: {len(problems)} problem(s)", *lines]))
+
 
 def load_manifest(path):
     """Entries, contents as lists, paths absolute. Refuses all bad ones at once."""
@@ -66,6 +83,7 @@ def load_manifest(path):
     folder = path.absolute().parent
     refuse(path, [(f"entry {i}", what) for i, e in enumerate(entries) for what in check_entry(e, folder)])
     return entries
+
 
 def check_entry(entry, folder):
     """Yield what is wrong with an entry, above all what upstream takes wrongly."""
@@ -83,6 +101,7 @@ def check_entry(entry, folder):
     if "assistant" not in roles:
         yield f"has no assistant turn at or after start_index {start}"
 
+
 def check_turn(turn, masked, folder):
     """Yield what is wrong with a message; `masked`: before start_index, without loss."""
     if problem := mistyped(Message, {**turn, "content": ""} if isinstance(turn, dict) else turn):
@@ -97,6 +116,7 @@ def check_turn(turn, masked, folder):
         yield f"role is {turn['role']!r}; expected system, user or assistant"
     if recipient and (masked or turn["role"] != "assistant"):
         yield "a recipient belongs to assistant turns at or after start_index; remove it"
+
 
 def check_part(part, folder):
     """Yield what is wrong with one text or clip; makes a clip's path absolute."""
@@ -118,6 +138,7 @@ def check_part(part, folder):
         if not is_file(part["audio_url"]):
             yield f"{part['audio_url']}: no such file, from the manifest's folder"
 
+
 def mistyped(kind, value):
     """What dacite, which upstream uses, has against `value` as a `kind`; or None."""
     if not isinstance(value, dict):
@@ -131,10 +152,12 @@ def mistyped(kind, value):
         well_typed.add(types)
     return None
 
+
 def clips_of(entry):
     """[(role, path)] of a checked entry's clips, in order."""
     parts = [(turn["role"], part) for turn in entry["messages"] for part in turn["content"]]
     return [(role, part["audio_url"]) for role, part in parts if "text" not in part]
+
 
 def find_clips(entries, cache, fingerprint):
     """{path: file of its codes}; a clip that changes gets another file."""
@@ -145,15 +168,18 @@ def find_clips(entries, cache, fingerprint):
         clips[path] = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.npy"
     return clips
 
+
 def load_codes(file):
     """One clip's codes, int16 (num_codebooks, T). PipelineError: lost or damaged."""
     with blaming(f"codes {file} are damaged: remove them; or not on this node: share a --code_cache"):
         return np.load(file, mmap_mode="r")
 
+
 def find_missing(clips):
     """[(path, file)] of the clips whose codes are not in the cache, largest first."""
     missing = [(path, file) for path, file in clips.items() if not file.exists()]
     return sorted(missing, key=lambda clip: os.path.getsize(clip[0]), reverse=True)
+
 
 def load_codec(folder, device):
     """Load the codec onto `device`. PipelineError where that fails."""
@@ -161,13 +187,16 @@ def load_codec(folder, device):
     with blaming(f"--audio_tokenizer {folder}, HuBERT (huggingface-cli download {hubert}) cannot be loaded"):
         settings, _ = PretrainedConfig.get_config_dict(hubert)
         if "auto_map" in settings or utils.find_adapter_config_file(hubert):
-            raise PipelineError(f"{hubert}, revision {settings['_commit_hash']}, would run code: auto_map "
-                                f"is {settings.get('auto_map', 'in its adapter_config.json')}; expected none")
+            raise PipelineError(
+                f"{hubert}, revision {settings['_commit_hash']}, would run code: auto_map "
+                f"is {settings.get('auto_map', 'in its adapter_config.json')}; expected none"
+            )
         warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
         codec = load_higgs_audio_tokenizer(str(folder), device=str(device))
     if not all(buffer.all() for name, buffer in codec.named_buffers() if name.endswith("inited")):
         raise PipelineError(f"--audio_tokenizer {folder} has codebooks that were never trained")
     return codec
+
 
 def load_waveform(path, sample_rate):
     """Mono float32 (samples,), as inference loads it. PipelineError: unfit."""
@@ -176,6 +205,7 @@ def load_waveform(path, sample_rate):
     if len(wave) < 0.1 * sample_rate:  # the codec's convolutions fail
         raise PipelineError(f"{path}: lasts {len(wave) / sample_rate:.3f} s; the codec needs at least 0.1 s")
     return wave
+
 
 def encode_clips(clips, entries, codec, show):
     """Write codes of [(path, file)], each whole or not at all. Refuses all bad clips."""
@@ -193,33 +223,55 @@ def encode_clips(clips, entries, codec, show):
             with open(unfinished, "wb") as stream:
                 np.save(stream, codes.squeeze(0).cpu().numpy().astype(np.int16))
             unfinished.rename(file)
-    refuse("clips", [(f"entry {i}", problems[path]) for i, entry in enumerate(entries)
-                     for path in {clip for _, clip in clips_of(entry)} & problems.keys()])
+    refuse(
+        "clips",
+        [
+            (f"entry {i}", problems[path])
+            for i, entry in enumerate(entries)
+            for path in {clip for _, clip in clips_of(entry)} & problems.keys()
+        ],
+    )
+
 
 def build_collator(entries, config, setting):
     """serve_engine.py's, but for return_audio_in_tokens; refuses references not heard."""
     as_codes = config.encode_audio_in_tokens if setting == "auto" else setting == "true"
     heard = ["assistant", "user", "system"] if as_codes and config.encode_audio_in_tokens else ["assistant"]
-    deaf = [f"entry {i}" for i, entry in enumerate(entries)
-            if any(role not in heard for role, _ in clips_of(entry))]
+    deaf = [
+        f"entry {i}"
+        for i, entry in enumerate(entries)
+        if any(role not in heard for role, _ in clips_of(entry))
+    ]
     if deaf and setting == "false":
         warnings.warn(f"{len(deaf)} entries train deaf, the first is {deaf[0]}", stacklevel=2)
     else:
-        refuse(f"encode_audio_in_tokens {config.encode_audio_in_tokens}, --return_audio_in_tokens {setting}",
-               [(entry, "its reference never reaches the model; use an earlier reply") for entry in deaf])
+        refuse(
+            f"encode_audio_in_tokens {config.encode_audio_in_tokens}, --return_audio_in_tokens {setting}",
+            [(entry, "its reference never reaches the model; use an earlier reply") for entry in deaf],
+        )
     return HiggsAudioSampleCollator(
-        whisper_processor=None, encode_whisper_embed=config.encode_whisper_embed,
-        audio_in_token_id=config.audio_in_token_idx, audio_out_token_id=config.audio_out_token_idx,
-        audio_stream_bos_id=config.audio_stream_bos_id, audio_stream_eos_id=config.audio_stream_eos_id,
-        pad_token_id=config.pad_token_id, return_audio_in_tokens=as_codes, round_to=1,
-        use_delay_pattern=config.use_delay_pattern, audio_num_codebooks=config.audio_num_codebooks)
+        whisper_processor=None,
+        encode_whisper_embed=config.encode_whisper_embed,
+        audio_in_token_id=config.audio_in_token_idx,
+        audio_out_token_id=config.audio_out_token_idx,
+        audio_stream_bos_id=config.audio_stream_bos_id,
+        audio_stream_eos_id=config.audio_stream_eos_id,
+        pad_token_id=config.pad_token_id,
+        return_audio_in_tokens=as_codes,
+        round_to=1,
+        use_delay_pattern=config.use_delay_pattern,
+        audio_num_codebooks=config.audio_num_codebooks,
+    )
+
 
 def add_up(counts):
     """The Counts of several micro-batches, or steps, together."""
     return Counts(*(sum(column) for column in zip(*counts, strict=True)))
 
+
 class StepDataset:
     """An item is a rank's share of a step: micro-batches, [(batch, Counts), ...]."""
+
     def __init__(self, entries, clips, tokenizer, collator, batch_size, max_tokens):
         self.entries, self.clips, self.tokenizer = entries, clips, tokenizer
         self.collator, self.batch_size, self.max_tokens = collator, batch_size, max_tokens
@@ -238,10 +290,15 @@ class StepDataset:
         codes = [torch.tensor(load_codes(self.clips[path]), dtype=torch.long) for _, path in clips_of(entry)]
         starts = torch.tensor([0, *(code.shape[1] for code in codes)]).cumsum(0)[:-1]  # (clips,)
         sample = ChatMLDatasetSample(
-            input_ids=torch.LongTensor(input_ids), label_ids=torch.LongTensor(label_ids),
+            input_ids=torch.LongTensor(input_ids),
+            label_ids=torch.LongTensor(label_ids),
             audio_ids_concat=torch.cat(codes, dim=1) if codes else torch.zeros(8, 0),  # (num_codebooks, T)
-            audio_ids_start=starts, audio_waveforms_concat=torch.zeros(0), audio_waveforms_start=starts[:0],
-            audio_sample_rate=torch.zeros(0), audio_speaker_indices=None)
+            audio_ids_start=starts,
+            audio_waveforms_concat=torch.zeros(0),
+            audio_waveforms_start=starts[:0],
+            audio_sample_rate=torch.zeros(0),
+            audio_speaker_indices=None,
+        )
         tokens = self.collator.audio_in_token_id, self.collator.audio_out_token_id
         length = sample.cal_num_tokens(False, self.collator.return_audio_in_tokens, True, *tokens)
         length += len(codes) * (self.collator.audio_num_codebooks + 1)  # BOS, EOS, delay: not in it
@@ -256,6 +313,7 @@ class StepDataset:
             labels[k] = (label[..., 1:] != -100).sum()
         return batch, Counts(labels, len(samples) if trained else 0, sum(lengths), len(samples) * lengths[0])
 
+
 def measure(data):
     """Positions of each entry of a StepDataset, estimated: to tokenize one takes 1 ms."""
     shapes = {path: load_codes(file).shape for path, file in data.clips.items()}
@@ -265,11 +323,17 @@ def measure(data):
     for entry in data.entries:
         texts = [part.get("text", "") for turn in entry["messages"] for part in turn["content"]]
         sizes.append(20 * len(entry["messages"]) + sum(len(text.encode()) for text in texts))
-        columns.append(sum(shapes[path][1] + 9 for role, path in clips_of(entry)
-                           if role == "assistant" or data.collator.return_audio_in_tokens))
+        columns.append(
+            sum(
+                shapes[path][1] + 9
+                for role, path in clips_of(entry)
+                if role == "assistant" or data.collator.return_audio_in_tokens
+            )
+        )
     some = range(0, len(sizes), 1 + len(sizes) // 50)  # 50 entries tell tokens a byte
     rate = sum(data.sample(i)[0] - columns[i] for i in some) / sum(sizes[i] for i in some)
     return [round(rate * size) + audio for size, audio in zip(sizes, columns, strict=True)]
+
 
 def deal_steps(lengths, samples_per_step, seed, world_size, steps):
     """Yield all ranks' shares, [(indices, trained), ...], of each of `steps`, a range.
@@ -288,6 +352,7 @@ def deal_steps(lengths, samples_per_step, seed, world_size, steps):
             shares[lightest].append(sample)
             loads[lightest] += lengths[sample]
         yield [(share, True) if share else (samples[-1:], False) for share in shares]  # none runs idle
+
 
 def cut(samples, batch_size, max_tokens):
     """Cut (positions, sample) pairs into micro-batches, the longest first."""

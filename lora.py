@@ -1,5 +1,5 @@
 """Model: hub names, base, LoRA on the DualFFN, optimizer; checkpoints, metrics, merge.
-    python lora.py merge --base_ckpt bosonai/higgs-audio-v2-generation-3B-base --adapter out --output_dir new
+python lora.py merge --base_ckpt bosonai/higgs-audio-v2-generation-3B-base --adapter out --output_dir new
 """
 
 import argparse
@@ -31,11 +31,27 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns of forks, the workers
 # The hub's main is transformers' own format since April 2026; boson_multimodal reads these
 ORIGINALS = {
     "bosonai/higgs-audio-v2-generation-3B-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
-    "bosonai/higgs-audio-v2-tokenizer": "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"}
+    "bosonai/higgs-audio-v2-tokenizer": "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
+}
 BASE_FILES, CODEC_FILES = ["*.json", "*.safetensors", "*.txt", "LICENSE*"], ["config.json", "model.pth"]
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 # Matched against the whole name: suffixes like q_proj would reach audio_tower, too
 TARGET_MODULES = r"layers\.\d+\.((self_attn|audio_attn)\.[qkvo]_proj|(mlp|audio_mlp)\.(gate|up|down)_proj)"
+
+embed_audio_ids = HiggsAudioModel._embed_audio_ids
+
+
+def embed_audio_ids_in_base_dtype(model, audio_ids):
+    """Upstream's audio embeddings (A, hidden), in the dtype of their table.
+
+    CUDA's autocast sums in float32, the CPU's does not. Upstream writes the sum into a tensor of the
+    base's dtype in place, which raises where that is bfloat16.
+    """
+    return embed_audio_ids(model, audio_ids).to(model.audio_codebook_embeddings.weight.dtype)
+
+
+HiggsAudioModel._embed_audio_ids = embed_audio_ids_in_base_dtype  # training, comparison and engine share it
+
 
 def split_name(name):
     """(repository, revision) of NAME or NAME@REVISION; (folder, None) of a folder."""
@@ -44,6 +60,7 @@ def split_name(name):
     repository, _, revision = str(name).partition("@")
     return repository, revision or ORIGINALS.get(repository, "main")
 
+
 def fetch(flag, name, needed):
     """The folder that `name` means, downloaded where it is the hub's. PipelineError."""
     repository, revision = split_name(name)
@@ -51,8 +68,10 @@ def fetch(flag, name, needed):
     if revision:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             huggingface_hub.utils.disable_progress_bars()  # its locks let one of a node download, others wait
-        with blaming(f"{flag} {name}: no such folder, neither cached nor to be had from the hub; where there "
-                     f"is a network: huggingface-cli download {repository} --revision {revision}"):
+        with blaming(
+            f"{flag} {name}: no such folder, neither cached nor to be had from the hub; where there "
+            f"is a network: huggingface-cli download {repository} --revision {revision}"
+        ):
             folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=needed)
     if not os.path.exists(f"{folder}/config.json"):
         return Path(folder)  # an adapter's
@@ -60,10 +79,13 @@ def fetch(flag, name, needed):
         model_type = str(PretrainedConfig.get_config_dict(folder)[0].get("model_type"))
     if model_type.startswith("higgs_audio_v2"):
         base, codec = (f"{original}@{revision}" for original, revision in ORIGINALS.items())
-        raise PipelineError(f"{flag} {name} is in transformers' own format ({model_type}), the hub's main "
-                            "since April 2026; boson_multimodal cannot read it. The last original is "
-                            f"{codec if 'tokenizer' in model_type else base}")
+        raise PipelineError(
+            f"{flag} {name} is in transformers' own format ({model_type}), the hub's main "
+            "since April 2026; boson_multimodal cannot read it. The last original is "
+            f"{codec if 'tokenizer' in model_type else base}"
+        )
     return Path(folder)
+
 
 def fingerprint(*files):
     """sha256 of the files' contents."""
@@ -73,6 +95,7 @@ def fingerprint(*files):
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
+
 def open_base(folder):
     """A base checkpoint's (config, text tokenizer). PipelineError where there is none."""
     with blaming(f"--base_ckpt {folder}: no Higgs Audio checkpoint there"):
@@ -81,19 +104,23 @@ def open_base(folder):
             raise PipelineError(f"{folder} is {settings.get('model_type')}, not higgs_audio without Whisper")
         return HiggsAudioConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
+
 def load_base(folder, dtype, device):
     """The frozen HiggsAudioModel, straight to `device`, never whole in CPU memory."""
     with blaming(f"--base_ckpt {folder}: its weights cannot be loaded"):
         model, info = HiggsAudioModel.from_pretrained(
-            folder, torch_dtype=dtype, device_map={"": device}, output_loading_info=True)
+            folder, torch_dtype=dtype, device_map={"": device}, output_loading_info=True
+        )
     if info["missing_keys"]:  # transformers would go on with random numbers
         raise PipelineError(f"--base_ckpt {folder} lacks the weights {sorted(info['missing_keys'])[:5]}")
     return model.requires_grad_(False)
+
 
 def base_dtype(precision, device):
     """What the frozen base is held and computed in; the adapter is float32 in both."""
     bf16 = precision == "bf16" or (precision == "auto" and torch.device(device).type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
+
 
 def take_text_head(base):
     """Take the head out of the forward: it would apply 128,256 columns everywhere."""
@@ -101,11 +128,17 @@ def take_text_head(base):
     base.audio_decoder_proj.text_lm_head = torch.nn.Identity()
     return text_head
 
+
 def attach(base, r, alpha, dropout, seed):
     """Wrap `base` in LoRA, drawn from `seed`, in float32; 280 modules as released."""
     torch.manual_seed(seed)
-    return get_peft_model(base, LoraConfig(  # no task type: PEFT would pass `labels` on
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGET_MODULES))
+    return get_peft_model(
+        base,
+        LoraConfig(  # no task type: PEFT would pass `labels` on
+            r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGET_MODULES
+        ),
+    )
+
 
 def build_model(args, folder, device):
     """The base in `folder` with LoRA, ready to train: (model, its text head apart)."""
@@ -122,25 +155,33 @@ def build_model(args, folder, device):
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     return model.train(), text_head
 
+
 def fit_max_tokens(args, config, free):
-    """Positions that fit 3/4 of `free` bytes, by `tests/benchmark.py --count`."""
+    """Positions that fit 3/4 of `free` bytes, by `tests/manual/benchmark.py --count`."""
     without = 72 if args.lora_dropout else 46  # bytes a position, layer and hidden column
     kept = 5 if args.gradient_checkpointing else without
     position = kept * config.text_config.num_hidden_layers * config.text_config.hidden_size
     return 2 ** int(math.log2(min(0.75 * free / position, 16_384)))
 
+
 def build_optimizer(model, args, total, state):
     """(parameters, AdamW, cosine schedule) at `state`, with its adapter."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": parameters, "initial_lr": args.lr}], lr=args.lr,
-                                  weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "initial_lr": args.lr}],
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     if state["step"]:  # learning rate and weight decay are the command line's
         set_peft_model_state_dict(model, state["adapter"])
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
     schedule = get_cosine_schedule_with_warmup(
-        optimizer, int(args.warmup_ratio * total), total, last_epoch=state["step"] - 1)
+        optimizer, int(args.warmup_ratio * total), total, last_epoch=state["step"] - 1
+    )
     return parameters, optimizer, schedule
+
 
 def update(optimizer, schedule, parameters, max_grad_norm):
     """Clip and step, if the gradient is finite. Returns its norm, still on the device."""
@@ -150,6 +191,7 @@ def update(optimizer, schedule, parameters, max_grad_norm):
     schedule.step()
     optimizer.zero_grad()
     return norm
+
 
 def open_output(output_dir, wanted):
     """Claim the folder. The checkpoint to resume from, by `wanted`: auto, path, None."""
@@ -162,39 +204,52 @@ def open_output(output_dir, wanted):
         return found[-1]
     newest = wanted and found and found[-1].resolve() == Path(wanted).resolve()
     if finished or (found and not newest):
-        raise PipelineError(f"--output_dir {output_dir} already holds an adapter or checkpoints; "
-                            "choose another, or go on with --resume_from_checkpoint auto")
+        raise PipelineError(
+            f"--output_dir {output_dir} already holds an adapter or checkpoints; "
+            "choose another, or go on with --resume_from_checkpoint auto"
+        )
     return Path(wanted) if wanted and wanted != "auto" else None
+
 
 def checkpoints(output_dir):
     """The checkpoint folders in `output_dir`, oldest first."""
     found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name[11:].isdecimal()]
     return sorted(found, key=lambda folder: int(folder.name[11:]))
 
+
 def read_checkpoint(folder, run):
     """State of a checkpoint, or of the start. PipelineError: damaged, another `run`'s."""
     if folder is None:
         return {"step": 0, "history": []}
-    with blaming(f"{folder} is damaged, or no checkpoint of this trainer; remove it, and "
-                 "--resume_from_checkpoint auto takes the one before"):
+    with blaming(
+        f"{folder} is damaged, or no checkpoint of this trainer; remove it, and "
+        "--resume_from_checkpoint auto takes the one before"
+    ):
         state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
         before = {**state["run"], **{key: state[key] for key in ("step", "optimizer", "history")}}
         state["adapter"] = load_file(folder / ADAPTER_FILES[1])
-    refuse(f"{folder} belongs to another run", [
-        (key, f"was {before.get(key)}, is {run[key]}") for key in run if before.get(key) != run[key]])
+    refuse(
+        f"{folder} belongs to another run",
+        [(key, f"was {before.get(key)}, is {run[key]}") for key in run if before.get(key) != run[key]],
+    )
     return state
+
 
 def save_checkpoint(model, optimizer, run, args, history, step):
     """Write checkpoint-<step> whole or not at all; keep the newest --save_total_limit."""
     unfinished, whole = args.output_dir / "unfinished", args.output_dir / f"checkpoint-{step}"
     try:
-        with blaming(f"{whole} cannot be written; those before it are whole: make room, and go on "
-                     "with --resume_from_checkpoint auto"):
+        with blaming(
+            f"{whole} cannot be written; those before it are whole: make room, and go on "
+            "with --resume_from_checkpoint auto"
+        ):
             model.save_pretrained(str(unfinished), save_embedding_layers=False)
             make_readable(unfinished)
             (unfinished / "args.json").write_text(json.dumps(vars(args), default=str, indent=2))
-            torch.save({"run": run, "step": step, "optimizer": optimizer.state_dict()["state"],
-                        "history": history}, unfinished / "trainer_state.pt")
+            torch.save(
+                {"run": run, "step": step, "optimizer": optimizer.state_dict()["state"], "history": history},
+                unfinished / "trainer_state.pt",
+            )
             os.sync()  # all of it on the disk before it has its name
             unfinished.rename(whole)
             for folder in checkpoints(args.output_dir)[: -args.save_total_limit]:
@@ -202,10 +257,12 @@ def save_checkpoint(model, optimizer, run, args, history, step):
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
+
 def make_readable(folder):
     """Give weights the umask's mode, as other files have: safetensors makes them 0600."""
     for file in folder.glob("*.safetensors"):
         shutil.copymode(next(folder.glob("*config.json")), file)
+
 
 def publish(folder, output_dir):
     """Copy a checkpoint's adapter to the final one's place, each file whole or not."""
@@ -214,26 +271,37 @@ def publish(folder, output_dir):
             shutil.copy(folder / name, output_dir / f"{name}.unfinished")
             os.replace(output_dir / f"{name}.unfinished", output_dir / name)
 
+
 def open_metrics(output_dir, history, step):
     """TensorBoard's writer; metrics.jsonl becomes `history`: later steps are done again."""
     with blaming(f"--output_dir {output_dir} cannot be written"):
         (output_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
         return SummaryWriter(output_dir / "runs", purge_step=step + 1)
 
+
 def peak_memory():
     """Bytes at the peak: of the GPU's allocator, without a GPU of this process."""
     status = Path("/proc/self/status").read_text()
     return torch.cuda.max_memory_allocated() or int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
 
 def summarize(losses, interval, seconds, waited):
     """`losses` (of the text, then each codebook); speed and memory of an interval."""
     text_loss, *codebooks = losses
     audio_loss = sum(codebooks) / len(codebooks)
     _, samples, positions, padded = add_up(interval)
-    return {"loss": text_loss + audio_loss, "text_loss": text_loss, "audio_loss": audio_loss,
-            "audio_loss_per_codebook": codebooks, "samples_per_s": samples / seconds,
-            "tokens_per_s": positions / seconds, "padding": 1 - positions / padded,
-            "data_wait": waited / seconds, "max_memory_gb": peak_memory() / 1e9}
+    return {
+        "loss": text_loss + audio_loss,
+        "text_loss": text_loss,
+        "audio_loss": audio_loss,
+        "audio_loss_per_codebook": codebooks,
+        "samples_per_s": samples / seconds,
+        "tokens_per_s": positions / seconds,
+        "padding": 1 - positions / padded,
+        "data_wait": waited / seconds,
+        "max_memory_gb": peak_memory() / 1e9,
+    }
+
 
 def log_metrics(output_dir, board, history, metrics):
     """Add `metrics`, null where not finite, to `history`, metrics.jsonl, TensorBoard."""
@@ -248,6 +316,7 @@ def log_metrics(output_dir, board, history, metrics):
             board.add_scalar(f"codebook_{k}", loss, metrics["step"])
         board.flush()
 
+
 def load_adapter(base, name):
     """`base` with adapter `name` on it. PipelineError: damaged, or another base's."""
     folder = fetch("--adapter", name, ADAPTER_FILES)
@@ -256,13 +325,21 @@ def load_adapter(base, name):
         model = PeftModel(base, LoraConfig.from_pretrained(folder)).eval()
     found = {key: tensor.shape for key, tensor in tensors.items()}
     expected = {key: tensor.shape for key, tensor in get_peft_model_state_dict(model).items()}
-    refuse(f"--adapter {name} does not fit the base", [
-        (key, f"is {found.get(key, 'missing')}, expected {expected.get(key, 'none')}")
-        for key in sorted(found.keys() | expected) if found.get(key) != expected.get(key)])
-    refuse(f"--adapter {name} holds numbers that are not finite", [
-        (key, "look at its training") for key, tensor in tensors.items() if not tensor.isfinite().all()])
+    refuse(
+        f"--adapter {name} does not fit the base",
+        [
+            (key, f"is {found.get(key, 'missing')}, expected {expected.get(key, 'none')}")
+            for key in sorted(found.keys() | expected)
+            if found.get(key) != expected.get(key)
+        ],
+    )
+    refuse(
+        f"--adapter {name} holds numbers that are not finite",
+        [(key, "look at its training") for key, tensor in tensors.items() if not tensor.isfinite().all()],
+    )
     set_peft_model_state_dict(model, tensors)
     return model
+
 
 def merge(base_ckpt, adapter, output_dir):
     """Write base and adapter as one checkpoint like the base's, whole or not at all."""
@@ -285,6 +362,7 @@ def merge(base_ckpt, adapter, output_dir):
             merged.rename(output_dir)
     print(f"{output_dir}: base and adapter as one; load it as the base")
 
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_subparsers(required=True, metavar="merge").add_parser("merge").add_argument
@@ -295,6 +373,7 @@ def main():
         merge(**vars(parser.parse_args()))
     except PipelineError as error:
         sys.exit(f"error: {error}")
+
 
 if __name__ == "__main__":
     main()

@@ -28,6 +28,7 @@ import dataset
 import lora
 from dataset import PipelineError, blaming
 
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument_group("data").add_argument
@@ -68,21 +69,26 @@ def parse_args(argv=None):
             parser.error(f"--{name} is {value}; expected {low} or more, at most {high}")
     return args
 
+
 def join_ranks():
     """Join the process group, without torchrun of one: (device, rank, world_size)."""
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        # cuDNN attention plans anew for each length of a micro-batch, about a second each time
+        torch.backends.cuda.enable_cudnn_sdp(False)
         backend = "cpu:gloo,cuda:nccl"  # counts and messages do not wait for the GPU
     alone = dist.HashStore(), 0, 1
     store, rank, world_size = next(rendezvous("env://")) if "RANK" in os.environ else alone
     # On one node torchrun keeps its store through restarts, with the dead ranks' addresses
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
-                            timeout=timedelta(hours=12))  # others wait while one downloads
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=12)
+    )  # others wait while one downloads
     return device, rank, world_size
+
 
 def on_all_ranks(function, *args, here=True):
     """Call `function` where `here`; a PipelineError ends all ranks, rank 0 tells."""
@@ -98,11 +104,13 @@ def on_all_ranks(function, *args, here=True):
         raise PipelineError(told if dist.get_rank() == 0 else "")
     return result
 
+
 def on_rank_0(function, *args):
     """Call `function` on rank 0: all ranks get its result, or its PipelineError."""
     result = [on_all_ranks(function, *args, here=dist.get_rank() == 0)]
     dist.broadcast_object_list(result)
     return result[0]
+
 
 def open_inputs(args, device):
     """Open and check all that a user can get wrong, before anything is loaded."""
@@ -113,15 +121,21 @@ def open_inputs(args, device):
     collator = dataset.build_collator(entries, config, args.return_audio_in_tokens)
     with blaming(f"--audio_tokenizer {codec}: no codec there"):
         weights = lora.fingerprint(codec / "config.json", codec / "model.pth")
-    run = {"base_ckpt": lora.fingerprint(base / "config.json", *base.glob("*.safetensors")),
-           "audio_tokenizer": weights, "train_manifest": lora.fingerprint(args.train_manifest),
-           "lora_r": args.lora_r, "lora_alpha": args.lora_alpha, "seed": args.seed}
+    run = {
+        "base_ckpt": lora.fingerprint(base / "config.json", *base.glob("*.safetensors")),
+        "audio_tokenizer": weights,
+        "train_manifest": lora.fingerprint(args.train_manifest),
+        "lora_r": args.lora_r,
+        "lora_alpha": args.lora_alpha,
+        "seed": args.seed,
+    }
     cache = args.code_cache or args.train_manifest.parent / "code_cache"
     with blaming(f"--code_cache {cache} cannot be made"):
         cache.mkdir(parents=True, exist_ok=True)
     clips = dataset.find_clips(entries, cache, f"{weights} {device.type}")
     data = dataset.StepDataset(entries, clips, tokenizer, collator, args.batch_size, args.max_tokens)
     return SimpleNamespace(data=data, base=base, codec=codec, run=run)
+
 
 def encode_missing(inputs, device):
     """Encode the clips that the cache lacks, each on one rank. Collective."""
@@ -130,6 +144,7 @@ def encode_missing(inputs, device):
         codec = on_all_ranks(dataset.load_codec, inputs.codec, device)
         mine = missing[dist.get_rank() :: dist.get_world_size()]  # by size: equal shares
         on_all_ranks(dataset.encode_clips, mine, inputs.data.entries, codec, dist.get_rank() == 0)
+
 
 def rehearse(args, model, text_head, data, lengths):
     """Run the largest micro-batch: out of memory shows now. Returns its Counts.
@@ -147,6 +162,7 @@ def rehearse(args, model, text_head, data, lengths):
     model.zero_grad()
     return counts
 
+
 def count_all(micro_batches, stop):
     """(Counts over all ranks, whether one is to `stop`), by one all_reduce on the CPU."""
     labels, *others = dataset.add_up(counts for _, counts in micro_batches)
@@ -154,6 +170,7 @@ def count_all(micro_batches, stop):
     dist.all_reduce(packed)
     *others, stops = packed[len(labels) :].tolist()
     return dataset.Counts(packed[: len(labels)], *others), stops > 0
+
 
 def compute_gradients(model, text_head, micro_batches, counts):
     """A step's gradients, averaged in its last backward; returns own loss sums."""
@@ -171,6 +188,7 @@ def compute_gradients(model, text_head, micro_batches, counts):
         sums += losses.detach()
     return sums
 
+
 def forward(model, text_head, batch, counts):
     """Loss sums of a micro-batch; a bfloat16 base computes the adapter in bfloat16."""
     device, bf16 = text_head.weight.device, text_head.weight.dtype == torch.bfloat16
@@ -178,6 +196,7 @@ def forward(model, text_head, batch, counts):
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         outputs = model(**batch)
     return loss_sums(outputs, batch, counts, text_head)
+
 
 def loss_sums(outputs, batch, counts, text_head):
     """Summed cross entropies, float32 (1 + num_codebooks,): the text's, each codebook's.
@@ -194,21 +213,26 @@ def loss_sums(outputs, batch, counts, text_head):
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
     return torch.cat([text_sum[None], losses.view(labels.shape).sum(0)])
 
+
 def catch_signals():
     """A list of the times of Ctrl-C and SIGTERM; one after 2 s ends at once."""
     times = []
+
     def note(number, _):
         times.append(time.monotonic())
         if times[-1] - times[0] > 2:  # sooner, torchrun passed on the first
             os._exit(128 + number)
+
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
     return times
+
 
 def ignore_signals(_):
     """In a DataLoader worker: signals reach the whole group; the main process decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
 
 def main(args):
     device, rank, world_size = join_ranks()
@@ -236,9 +260,14 @@ def main(args):
 
     plan = lengths, samples_per_step, args.seed, world_size
     steps = dataset.deal_steps(*plan, range(first, total))
-    loader = DataLoader(data, batch_size=None, sampler=(shares[rank] for shares in steps),
-                        num_workers=args.num_workers, worker_init_fn=ignore_signals,
-                        pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        data,
+        batch_size=None,
+        sampler=(shares[rank] for shares in steps),
+        num_workers=args.num_workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda",
+    )
     board = lora.open_metrics(args.output_dir, history, first) if rank == 0 else None
     batches, signals = iter(loader), catch_signals()
     began, waited, interval, skipped, reported = time.perf_counter(), 0.0, [], 0, 0
@@ -258,14 +287,21 @@ def main(args):
             dist.all_reduce(sums)
             losses = (sums.cpu() / counts.labels.clamp(min=1)).tolist()  # CPU-GPU sync point
             metrics = lora.summarize(losses, interval, time.perf_counter() - began, waited) | {
-                "step": step, "epoch": step / steps_per_epoch, "lr": schedule.get_last_lr()[0],
-                "grad_norm": norm.item(), "skipped_steps": int(skipped)}
+                "step": step,
+                "epoch": step / steps_per_epoch,
+                "lr": schedule.get_last_lr()[0],
+                "grad_norm": norm.item(),
+                "skipped_steps": int(skipped),
+            }
             on_rank_0(lora.log_metrics, args.output_dir, board, history, metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}")
             if metrics["skipped_steps"] - reported == len(interval):  # not one was applied
                 shares = next(dataset.deal_steps(*plan, range(step - 1, step)))
-                on_all_ranks(dataset.refuse, "loss or gradient not finite; lower --lr, or look at",
-                             [(f"step {step}", f"entries {[indices for indices, _ in shares]}")])
+                on_all_ranks(
+                    dataset.refuse,
+                    "loss or gradient not finite; lower --lr, or look at",
+                    [(f"step {step}", f"entries {[indices for indices, _ in shares]}")],
+                )
             began, waited, interval, reported = time.perf_counter(), 0.0, [], metrics["skipped_steps"]
         if stop or step == total or (step % save_steps == 0 and norm.isfinite()):
             on_rank_0(lora.save_checkpoint, model.module, optimizer, run, args, history, step)
@@ -274,12 +310,14 @@ def main(args):
     on_rank_0(lora.publish, args.output_dir / f"checkpoint-{total}", args.output_dir)
     on_rank_0(print, f"done: {total} steps, the adapter is in {args.output_dir}")
 
+
 def leave(code):
     """End now: Python's way out waits for workers, and gloo's threads can abort in it."""
     for worker in multiprocessing.active_children():
         worker.kill()  # they ignore SIGTERM
     sys.stdout.flush()
     os._exit(code)
+
 
 def fail(kind, error, trace):
     """sys.excepthook. No destroy_process_group(): other ranks may be in a collective."""
@@ -292,6 +330,7 @@ def fail(kind, error, trace):
     elif told:
         print(f"error: {told}", file=sys.stderr, flush=True)
     leave(1)
+
 
 if __name__ == "__main__":
     sys.excepthook = fail

@@ -1,11 +1,11 @@
 """Validation: prove the pipeline on this machine, look at your data, compare adapters.
 
-    python validate_pipeline.py               train a tiny random model, check it all: no GPU, no network
-    python validate_pipeline.py --keep DIR    the same; checkpoint, clips and manifest stay in DIR
-    python validate_pipeline.py --train_manifest M --base_ckpt B [any other option of trainer.py]
-                                              preflight: what M holds, what is suspicious or too large
-    python validate_pipeline.py --train_manifest M --base_ckpt B --adapter O [O/checkpoint-N ...]
-                                              losses of base and adapters, wav files of the first entry
+python validate_pipeline.py               train a tiny random model, check it all: no GPU, no network
+python validate_pipeline.py --keep DIR    the same; checkpoint, clips and manifest stay in DIR
+python validate_pipeline.py --train_manifest M --base_ckpt B [any other option of trainer.py]
+                                          preflight: what M holds, what is suspicious or too large
+python validate_pipeline.py --train_manifest M --base_ckpt B --adapter O [O/checkpoint-N ...]
+                                          losses of base and adapters, wav files of the first entry
 """
 
 import argparse
@@ -34,9 +34,11 @@ from tests import acceptance
 FRAME_RATE = 25  # of the codec, 1/s
 SAMPLE_RATE = 24_000  # of the codec, 1/s
 
+
 def tell(name, text):
     """One line of the report."""
     print(f"{name:<11} {text}", flush=True)
+
 
 def in_words(seconds):
     """A time in the unit that suits it."""
@@ -44,6 +46,7 @@ def in_words(seconds):
         if seconds >= size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.1f} seconds"
+
 
 def split_clips(entry):
     """(its references, [(clips of a trained turn, the text it answers), ...])."""
@@ -58,6 +61,7 @@ def split_clips(entry):
             said = text
     return references, targets
 
+
 def describe_data(entries, frames):
     """Entries, clips and their total length."""
     masked = sum(1 for entry in entries if entry.get("start_index"))
@@ -71,6 +75,7 @@ def describe_data(entries, frames):
     for name, paths in (("references", references), ("targets", targets)):
         seconds = sum(frames[path] for path in paths) / FRAME_RATE
         tell(name, f"{in_words(seconds)} in {len(paths):,} distinct clips")
+
 
 def describe_reference(data):
     """By which ways the first reference reaches the model."""
@@ -88,6 +93,7 @@ def describe_reference(data):
     heard = "heard " + ", ".join(ways) if ways else "NOT heard"
     tell("reference", f"of entry {cited[0]} is {heard}")
 
+
 def describe_target(data):
     """The first entry decoded back: what is given, and what is trained."""
     [(batch, counts)] = data[[0], True]
@@ -96,14 +102,19 @@ def describe_target(data):
     answered = (labels != -100) | (ids == data.collator.audio_out_token_id)
     text, *codebooks = counts.labels.tolist()
     tell("entry 0", f"is given {data.tokenizer.decode(ids[:start])!r}")
-    tell("", f"and trained on {data.tokenizer.decode(ids[start:][answered[start:]])!r}: {text} labels of "
-             f"text, {codebooks[0]} in each of {len(codebooks)} codebooks")
+    tell(
+        "",
+        f"and trained on {data.tokenizer.decode(ids[start:][answered[start:]])!r}: {text} labels of "
+        f"text, {codebooks[0]} in each of {len(codebooks)} codebooks",
+    )
+
 
 def describe_lengths(lengths):
     """A histogram of the entries' positions."""
     counts, edges = np.histogram(lengths, bins=min(10, len(set(lengths))))
     for n, low, high in zip(counts, edges, edges[1:], strict=False):
         tell("positions", f"{low:>6,.0f} to {high:>6,.0f} {'#' * -(-40 * n // counts.max()):<40} {n:,}")
+
 
 def describe_epoch(lengths, args, max_tokens, ranks, seconds_a_position):
     """Optimizer steps, padding and time of an epoch on so many GPUs like this device."""
@@ -117,8 +128,12 @@ def describe_epoch(lengths, args, max_tokens, ranks, seconds_a_position):
                 padded += len(micro_batch) * micro_batch[0][0]
     padding = max(0, 1 - sum(lengths) / padded)
     name = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
-    tell(name, f"{len(steps):,} optimizer steps an epoch of {samples_per_step} samples; {padding:.1%} of "
-               f"the positions are padding; {in_words(padded * seconds_a_position / ranks)} an epoch")
+    tell(
+        name,
+        f"{len(steps):,} optimizer steps an epoch of {samples_per_step} samples; {padding:.1%} of "
+        f"the positions are padding; {in_words(padded * seconds_a_position / ranks)} an epoch",
+    )
+
 
 def listen(path):
     """(seconds of silence at its end, share of clipped samples) of a clip."""
@@ -127,6 +142,7 @@ def listen(path):
     if np.abs(wave).max() > 0.01:
         end = librosa.effects.trim(wave, top_db=40)[1][1]
     return float(len(wave) - end) / SAMPLE_RATE, float(np.mean(np.abs(wave) > 0.99))
+
 
 def suspect_texts(entries, frames):
     """[(entry, what)]: text and clip do not suit, or a clip is its own reference."""
@@ -142,9 +158,14 @@ def suspect_texts(entries, frames):
     usual = np.median(list(rates.values())) if rates else 0
     for i, rate in rates.items():
         if not usual / 3 <= rate <= usual * 3:
-            found.append((f"entry {i}", f"its text has {rate:.1f} characters a second of its clip, "
-                                        f"{usual:.1f} are usual"))
+            found.append(
+                (
+                    f"entry {i}",
+                    f"its text has {rate:.1f} characters a second of its clip, {usual:.1f} are usual",
+                )
+            )
     return found
+
 
 def suspect_clips(clips, num_workers):
     """[(clip, what)]: it ends in silence, or is clipped."""
@@ -157,12 +178,14 @@ def suspect_clips(clips, num_workers):
             found.append((path, f"is clipped: {clipped:.1%} of it"))
     return found
 
+
 def reset_peak_memory(device):
     """Forget the peak so far, which may be the codec's."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # Linux's way, see proc(5)
+
 
 def try_largest(args, inputs, lengths, device):
     """Run the largest micro-batch; returns the seconds that a position takes."""
@@ -177,10 +200,14 @@ def try_largest(args, inputs, lengths, device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     took = (time.perf_counter() - began) / 2  # it runs twice
-    tell("largest", f"micro-batch: {counts.samples} samples, {counts.padded_positions:,} positions with "
-                    f"padding; {took:.2f} s forward and backward, {lora.peak_memory() / 1e9:.2f} GB "
-                    "peak memory")
+    tell(
+        "largest",
+        f"micro-batch: {counts.samples} samples, {counts.padded_positions:,} positions with "
+        f"padding; {took:.2f} s forward and backward, {lora.peak_memory() / 1e9:.2f} GB "
+        "peak memory",
+    )
     return took / counts.padded_positions
+
 
 def preflight(args, device):
     """What trainer.py would do with the user's data, or refuse."""
@@ -203,6 +230,7 @@ def preflight(args, device):
             print(f"  {where}: {what}")
     print("ready for trainer.py with the same options")
 
+
 def mean_losses(model, text_head, data):
     """Teacher-forced losses of all entries, a list: of text, audio, and each codebook."""
     sums, seen = 0, []
@@ -213,12 +241,17 @@ def mean_losses(model, text_head, data):
     text, *codebooks = (sums / dataset.add_up(seen).labels.clamp(min=1)).tolist()
     return [text, sum(codebooks) / len(codebooks), *codebooks]
 
+
 def speak(args, inputs, device):
     """Write entry 0 as base and last adapter speak it, and its own target."""
     logger.disable("boson_multimodal")  # it tells each of its steps
     codec = dataset.load_codec(inputs.codec, device)
-    engine = HiggsAudioServeEngine(str(inputs.base), str(inputs.codec), device=device.type,
-                                   torch_dtype=lora.base_dtype(args.precision, device))
+    engine = HiggsAudioServeEngine(
+        str(inputs.base),
+        str(inputs.codec),
+        device=str(device),  # cuda:0: on "cuda" it captures graphs in config.json's dtype, not in this one
+        torch_dtype=lora.base_dtype(args.precision, device),
+    )
     engine.collator.return_audio_in_tokens = inputs.data.collator.return_audio_in_tokens
     turns = inputs.data.entries[0]["messages"]
     reply = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
@@ -227,7 +260,6 @@ def speak(args, inputs, device):
     for name in ("base", "adapter"):
         (args.output_dir / f"{name}.wav").unlink(missing_ok=True)  # of another adapter
         if name == "adapter":
-            engine.model.decode_graph_runners.clear()  # of the base, on a GPU
             engine.model = lora.load_adapter(engine.model, args.adapter[-1])
         try:
             waves[name] = engine.generate({"messages": turns[:reply]}, limit, seed=args.seed).audio
@@ -240,6 +272,7 @@ def speak(args, inputs, device):
         soundfile.write(args.output_dir / f"{name}.wav", wave, SAMPLE_RATE)
         tell(name, f"{args.output_dir}/{name}.wav, {len(wave) / SAMPLE_RATE:.1f} s")
 
+
 def draw(output_dir):
     """loss.png: losses, and each codebook's beside chance, over metrics.jsonl."""
     table = pd.read_json(output_dir / "metrics.jsonl", lines=True).set_index("step")
@@ -247,6 +280,7 @@ def draw(output_dir):
     axes = table[["text_loss", "audio_loss"]].join(codebooks).plot(figsize=(12, 6), ylim=(0, None))
     axes.axhline(math.log(1026), color="gray", linestyle=":")
     axes.figure.savefig(output_dir / "loss.png")
+
 
 def compare(args, device):
     """Losses of base and adapters on the first 50 entries; wav files of the first."""
@@ -278,6 +312,7 @@ def compare(args, device):
     args.output_dir.mkdir(parents=True, exist_ok=True)
     speak(args, inputs, device)
 
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="new or empty, to leave everything in")
@@ -293,6 +328,7 @@ def main():
         compare(args, device)
     else:
         preflight(args, device)
+
 
 if __name__ == "__main__":
     sys.excepthook = trainer.fail

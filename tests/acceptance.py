@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 import dataset
 import lora
 import trainer
-from tests import tiny_checkpoint
+from tests.support import tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -48,30 +48,60 @@ def run(*command):
 
 def train(folder):
     """Overfit the three entries on two ranks; then step 21 alone, from checkpoint-20, on one and on two."""
-    flags = [f"--train_manifest={folder}/train.json", f"--base_ckpt={folder}/model",
-             f"--audio_tokenizer={folder}/codec", *OVERFIT]
-    run(*TORCHRUN, "--standalone", "--nproc_per_node=2", "trainer.py", *flags, "--batch_size=2",
-        "--save_steps=20", "--save_total_limit=9", f"--output_dir={folder}/out")
-    flags += [f"--resume_from_checkpoint={folder}/out/checkpoint-20", "--max_steps=21", "--save_steps=21",
-              "--max_grad_norm=1e9"]
-    runs = {1: [[*flags, "--batch_size=4", f"--output_dir={folder}/one_rank"]],
-            2: [[*flags, "--batch_size=2", f"--output_dir={folder}/two_ranks"]]}
-    run(sys.executable, "-m", "tests.ranks", json.dumps(runs))
+    flags = [
+        f"--train_manifest={folder}/train.json",
+        f"--base_ckpt={folder}/model",
+        f"--audio_tokenizer={folder}/codec",
+        *OVERFIT,
+    ]
+    run(
+        *TORCHRUN,
+        "--standalone",
+        "--nproc_per_node=2",
+        "trainer.py",
+        *flags,
+        "--batch_size=2",
+        "--save_steps=20",
+        "--save_total_limit=9",
+        f"--output_dir={folder}/out",
+    )
+    flags += [
+        f"--resume_from_checkpoint={folder}/out/checkpoint-20",
+        "--max_steps=21",
+        "--save_steps=21",
+        "--max_grad_norm=1e9",
+    ]
+    runs = {
+        1: [[*flags, "--batch_size=4", f"--output_dir={folder}/one_rank"]],
+        2: [[*flags, "--batch_size=2", f"--output_dir={folder}/two_ranks"]],
+    }
+    run(sys.executable, "-m", "tests.support.ranks", json.dumps(runs))
 
 
 def open_lab(folder):
     """Upstream's engine, set to hear references, and the trainer's own view of the same manifest."""
     logger.disable("boson_multimodal")  # it tells every step of its start
     transformers.logging.set_verbosity_error()
-    engine = HiggsAudioServeEngine(str(folder / "model"), str(folder / "codec"), device="cpu",
-                                   torch_dtype=torch.float32, kv_cache_lengths=[1024])
+    engine = HiggsAudioServeEngine(
+        str(folder / "model"),
+        str(folder / "codec"),
+        device="cpu",
+        torch_dtype=torch.float32,
+        kv_cache_lengths=[1024],
+    )
     engine.collator.return_audio_in_tokens = True
-    args = trainer.parse_args([
-        f"--train_manifest={folder}/train.json", f"--base_ckpt={folder}/model", f"--output_dir={folder}/new",
-        f"--audio_tokenizer={folder}/codec"])
+    args = trainer.parse_args(
+        [
+            f"--train_manifest={folder}/train.json",
+            f"--base_ckpt={folder}/model",
+            f"--output_dir={folder}/new",
+            f"--audio_tokenizer={folder}/codec",
+        ]
+    )
     data = trainer.open_inputs(args, torch.device("cpu")).data
-    return SimpleNamespace(folder=folder, engine=engine, model=engine.model, args=args, data=data,
-                           entries=data.entries)
+    return SimpleNamespace(
+        folder=folder, engine=engine, model=engine.model, args=args, data=data, entries=data.entries
+    )
 
 
 def prompt_of(entry):
@@ -119,27 +149,35 @@ def check_reference_heard(lab):
     voices = [dataset.clips_of(lab.entries[i])[0][1] for i in (0, 1)]
     heard, deaf = (
         (first_audio_logits(lab, voices[0], on) - first_audio_logits(lab, voices[1], on)).abs().max()
-        for on in (True, False))
+        for on in (True, False)
+    )
     lab.args.return_audio_in_tokens = "false"
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         trainer.open_inputs(lab.args, torch.device("cpu"))
     said = any("train deaf" in str(warning.message) for warning in told)
     return heard > 1e-3 and deaf == 0 and said, (
-        f"logits change by {heard:.3f}; with --return_audio_in_tokens false by {deaf:.0f}, and it says so")
+        f"logits change by {heard:.3f}; with --return_audio_in_tokens false by {deaf:.0f}, and it says so"
+    )
 
 
 def loss_in_float64(outputs, batch):
     """The design's formula, written out in NumPy: text and mean codebook cross entropy, shifted by one."""
+
     def cross_entropy(logits, labels):  # (T, V) and (T,), already shifted; sum and count
         logits, keep = logits.double().numpy()[labels != -100], labels[labels != -100].numpy()
         log_sum = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
         return (log_sum - logits[np.arange(len(keep)), keep]).sum(), len(keep)
-    rows = [cross_entropy(logits[:-1], labels[1:])
-            for logits, labels in zip(outputs.logits, outputs.expanded_labels)]
+
+    rows = [
+        cross_entropy(logits[:-1], labels[1:])
+        for logits, labels in zip(outputs.logits, outputs.expanded_labels)
+    ]
     text = sum(total for total, _ in rows) / sum(count for _, count in rows)
-    audio = [cross_entropy(outputs.audio_logits[:-1, k], labels[1:])
-             for k, labels in enumerate(batch["label_audio_ids"])]
+    audio = [
+        cross_entropy(outputs.audio_logits[:-1, k], labels[1:])
+        for k, labels in enumerate(batch["label_audio_ids"])
+    ]
     return text + np.mean([total / count for total, count in audio])
 
 
@@ -170,12 +208,16 @@ def check_targets(lab):
 
 def check_scaling(lab):
     """Two ranks on disjoint samples have the gradient that one rank has on all of them."""
+
     def moments(folder):
         state = torch.load(folder / "trainer_state.pt", weights_only=True)["optimizer"]
         return torch.cat([state[i]["exp_avg"].double().flatten() for i in range(len(state))])
+
     before = moments(lab.folder / "out/checkpoint-20")  # AdamW: exp_avg' = 0.9 exp_avg + 0.1 gradient
-    one, two = (10 * (moments(lab.folder / name / "checkpoint-21") - 0.9 * before)
-                for name in ("one_rank", "two_ranks"))
+    one, two = (
+        10 * (moments(lab.folder / name / "checkpoint-21") - 0.9 * before)
+        for name in ("one_rank", "two_ranks")
+    )
     error = ((one - two).norm() / one.norm()).item()
     return error < 1e-5, f"gradients of {one.numel():,} parameters differ by {error:.1e} (relative norm)"
 
@@ -186,8 +228,10 @@ def check_checkpoint(lab):
     base = HiggsAudioModel.from_pretrained(lab.folder / "model", torch_dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, lab.folder / "out").state_dict()
     only_lora = all(".lora_A." in name or ".lora_B." in name for name in tensors)
-    same = [only_lora and torch.equal(loaded[name.replace(".weight", ".default.weight")], value)
-            for name, value in tensors.items()]
+    same = [
+        only_lora and torch.equal(loaded[name.replace(".weight", ".default.weight")], value)
+        for name, value in tensors.items()
+    ]
     size = (lab.folder / "out/adapter_model.safetensors").stat().st_size
     passed = only_lora and all(same) and len(same) == 40  # A and B of 20 modules
     return passed, f"{len(same)} LoRA tensors and no other, {size / 1e6:.1f} MB"
@@ -261,8 +305,12 @@ def validate(folder):
 
 def environment(folder):
     """What the libraries read once, when they are imported."""
-    return {"HF_HOME": f"{folder}/huggingface", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
-            "CUDA_VISIBLE_DEVICES": ""}  # one GPU cannot have two ranks; and the same figures for all
+    return {
+        "HF_HOME": f"{folder}/huggingface",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # one GPU cannot have two ranks; and the same figures for all
 
 
 def accept(keep):

@@ -12,9 +12,13 @@ import pytest
 FOLDER = Path(tempfile.mkdtemp(prefix="tiny_checkpoint_"))
 # huggingface_hub reads these once, when it is imported: by the tests' files, later. Nor is anything else
 # imported here that takes seconds: pytest-xdist's own process, which runs no test, comes here first
-os.environ.update(HF_HOME=f"{FOLDER}/huggingface", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
-                  OMP_NUM_THREADS="1",  # two workers share two cores
-                  CUDA_VISIBLE_DEVICES="")  # where there is one GPU it cannot have two ranks
+os.environ.update(
+    HF_HOME=f"{FOLDER}/huggingface",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",  # two workers share two cores
+    CUDA_VISIBLE_DEVICES="",
+)  # where there is one GPU it cannot have two ranks
 
 
 def pytest_unconfigure():
@@ -24,16 +28,28 @@ def pytest_unconfigure():
 def pytest_collection_modifyitems(items):
     """Fast tests first; then a few short trainings; then the long ones, the longest of all first, so that
     the two workers end at about the same time."""
-    last = ["test_output", "test_merge", "test_training", "test_inputs", "test_readme", "test_kills",
-            "test_ranks", "test_hub", "test_controls", "test_recordings", "test_listen", "test_preflight",
-            "test_benchmark"]
+    last = [
+        "test_output",
+        "test_merge",
+        "test_training",
+        "test_inputs",
+        "test_readme",
+        "test_kills",
+        "test_ranks",
+        "test_hub",
+        "test_controls",
+        "test_recordings",
+        "test_listen",
+        "test_preflight",
+        "test_benchmark",
+    ]
     items.sort(key=lambda item: last.index(item.path.stem) if item.path.stem in last else -1)
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """Folder with model, codec, clips/ and train.json (see tiny_checkpoint.py)."""
-    from tests import tiny_checkpoint
+    from tests.support import tiny_checkpoint
 
     tiny_checkpoint.make_everything(FOLDER)
     return FOLDER
@@ -62,13 +78,20 @@ def open_data(tiny, tmp_path_factory):
     def open_data(entries, *flags, model=None):
         manifest = tiny / f"manifest_{len(list(tiny.glob('manifest_*')))}.json"
         manifest.write_text(json.dumps(entries))
-        args = trainer.parse_args([
-            f"--train_manifest={manifest}", f"--base_ckpt={model or tiny / 'model'}",
-            f"--audio_tokenizer={tiny / 'codec'}", f"--output_dir={tmp_path_factory.mktemp('out')}", *flags])
+        args = trainer.parse_args(
+            [
+                f"--train_manifest={manifest}",
+                f"--base_ckpt={model or tiny / 'model'}",
+                f"--audio_tokenizer={tiny / 'codec'}",
+                f"--output_dir={tmp_path_factory.mktemp('out')}",
+                *flags,
+            ]
+        )
         cpu = torch.device("cpu")
         inputs = trainer.open_inputs(args, cpu)
         trainer.encode_missing(inputs, cpu)
         return inputs.data
+
     return open_data
 
 

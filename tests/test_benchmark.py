@@ -1,11 +1,12 @@
-"""tests/benchmark.py still runs, and both of its ways compute one loss. What it measures is not tested."""
+"""tests/manual/benchmark.py still runs; both of its ways compute one loss. What it measures is not tested."""
 
 import json
 
-from tests import launcher
+from tests.support import launcher
+
 
 def test_both_ways_compute_one_loss():
-    done = launcher.run("tests/benchmark.py", "--json", "--repetitions", "1", "--grad_accum", "1")
+    done = launcher.run("tests/manual/benchmark.py", "--json", "--repetitions", "1", "--grad_accum", "1")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     ours, reference = figures["ours"], figures["reference"]

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from tests import acceptance, launcher
+from tests import acceptance
+from tests.support import launcher
 
 # Every label one position later: the trainer's shift then compares logits and labels at the same position,
 # and that is the loss of known trainers for this model.
@@ -33,8 +34,14 @@ def train_and_listen(tiny, lab, name, *program):
     the row passes).
     """
     done = launcher.run(
-        *program, *acceptance.OVERFIT, "--batch_size=4", f"--train_manifest={tiny}/train.json",
-        f"--base_ckpt={tiny}/model", f"--audio_tokenizer={tiny}/codec", f"--output_dir={tiny}/{name}")
+        *program,
+        *acceptance.OVERFIT,
+        "--batch_size=4",
+        f"--train_manifest={tiny}/train.json",
+        f"--base_ckpt={tiny}/model",
+        f"--audio_tokenizer={tiny}/codec",
+        f"--output_dir={tiny}/{name}",
+    )
     assert done.returncode == 0, done.stderr
     loss = json.loads((tiny / name / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
     accuracies, stops = acceptance.answer_all(lab, name)
@@ -54,6 +61,7 @@ def test_deaf_training_speaks_the_targets_that_need_no_reference(tiny, lab, monk
     """
     monkeypatch.setattr(lab.engine.collator, "return_audio_in_tokens", False)
     loss, accuracies, passed = train_and_listen(
-        tiny, lab, "deaf", "trainer.py", "--return_audio_in_tokens=false")
+        tiny, lab, "deaf", "trainer.py", "--return_audio_in_tokens=false"
+    )
     assert loss < 0.05 and not passed
     assert min(accuracies[:2]) < 0.5 and max(accuracies[:2]) > 0.9 and accuracies[2] > 0.9

@@ -33,9 +33,17 @@ def random_entries(seed):
     reply = {**assistant, "content": [texts[0], clip(target), texts[1]]}
     return [
         {"messages": [SYSTEM, {**user, "content": [clip(voice), texts[2]]}, reply]},
-        {"start_index": 3, "messages": [SYSTEM, {**user, "content": texts[3]},
-                                        {**assistant, "content": [clip(voice)]},
-                                        {**user, "content": texts[4]}, reply]}]
+        {
+            "start_index": 3,
+            "messages": [
+                SYSTEM,
+                {**user, "content": texts[3]},
+                {**assistant, "content": [clip(voice)]},
+                {**user, "content": texts[4]},
+                reply,
+            ],
+        },
+    ]
 
 
 class ForcedReply(LogitsProcessor):
@@ -57,8 +65,13 @@ class ForcedReply(LogitsProcessor):
 def engine(tiny):
     """Upstream's engine, set to hear references; decoding outgrows its smaller caches."""
     logger.disable("boson_multimodal")  # it tells every step of its start
-    engine = HiggsAudioServeEngine(str(tiny / "model"), str(tiny / "codec"), device="cpu",
-                                   torch_dtype=torch.float32, kv_cache_lengths=list(range(64, 513, 32)))
+    engine = HiggsAudioServeEngine(
+        str(tiny / "model"),
+        str(tiny / "codec"),
+        device="cpu",
+        torch_dtype=torch.float32,
+        kv_cache_lengths=list(range(64, 513, 32)),
+    )
     engine.collator.return_audio_in_tokens = True
     return engine
 
@@ -67,11 +80,17 @@ def decode(engine, entry, token_ids, codes, caches):
     """Upstream's generate, forced to reply `token_ids` and `codes`: logits of each text and audio step."""
     prompt = engine._prepare_inputs({"messages": entry["messages"][:-1]})
     engine._prepare_kv_caches()
-    reply = token_ids[prompt["input_ids"].shape[1]:]
+    reply = token_ids[prompt["input_ids"].shape[1] :]
     reply = reply[reply != engine.tokenizer.convert_tokens_to_ids("<|audio_eos|>")]  # it is never sampled
     forced = ForcedReply(reply, codes[:, 1:])  # the first column, all BOS, is not sampled either
-    engine.model.generate(**prompt, max_new_tokens=len(reply) + codes.shape[1] - 1, do_sample=False,
-                          logits_processor=[forced], past_key_values_buckets=caches, use_cache=True)
+    engine.model.generate(
+        **prompt,
+        max_new_tokens=len(reply) + codes.shape[1] - 1,
+        do_sample=False,
+        logits_processor=[forced],
+        past_key_values_buckets=caches,
+        use_cache=True,
+    )
     return torch.cat(forced.text_logits), torch.stack(forced.audio_logits)
 
 
@@ -100,40 +119,71 @@ def test_training_reads_the_logits_of_decoding(open_data, lora_model, engine, se
     text_read = heads[0].split((batch["label_ids"][:, 1:] != -100).sum(1).tolist())  # (text labels, vocab)
     starts = batch["audio_out_ids_start"][1:]
     codes, labels = (batch[name].tensor_split(starts, dim=1) for name in ("audio_out_ids", "label_audio_ids"))
-    clips = [(codes, logits) for codes, labels, logits in
-             zip(codes, labels, outputs.audio_logits.tensor_split(starts)) if (labels != -100).any()]
+    clips = [
+        (codes, logits)
+        for codes, labels, logits in zip(codes, labels, outputs.audio_logits.tensor_split(starts))
+        if (labels != -100).any()
+    ]
     errors, after = [], []
     for row, (i, (codes, audio_read)) in enumerate(zip(order, clips, strict=True)):  # a clip in each row
-        text, audio = decode(engine, data.entries[i], data.sample(i)[1].input_ids, codes,
-                             engine.kv_caches if cache == "static" else None)
+        text, audio = decode(
+            engine,
+            data.entries[i],
+            data.sample(i)[1].input_ids,
+            codes,
+            engine.kv_caches if cache == "static" else None,
+        )
         before = len(data.entries[i]["messages"][-1]["content"][0]["text"].encode()) + 1  # with audio_out_bos
         difference = (text - text_read[row]).abs().amax(1)  # (text labels,)
         errors += [difference[:before].max().item(), (audio - audio_read[:-1]).abs().max().item()]
         # One position on, training reads what predicts <|audio_eos|>, decoding what predicts <|AUDIO_OUT|>
-        after.append(difference[before + 1:].max().item())
+        after.append(difference[before + 1 :].max().item())
     print(f"{cache} cache: {max(errors):.1e}; text after the clip, for upstream's reason: {max(after):.2f}")
     assert max(errors) < 1e-4
 
 
 LABELLED = [
-    {"messages": [SYSTEM, {"role": "user", "content": [clip("voice_a"), "كيف حالك؟"]},
-                  {"role": "assistant",
-                   "content": ["نعم: ", clip("target_a"), " ثم ", clip("target_b")]}]},
-    {"start_index": 3, "messages": [
-        SYSTEM, {"role": "user", "content": "hidden"},
-        {"role": "assistant", "content": ["masked ", clip("voice_b"), " masked"]},
-        {"role": "user", "content": "again"}, {"role": "assistant", "content": clip("target_c")}]},
-    {"messages": [{"role": "user", "content": "Who?"},
-                  {"role": "assistant", "content": "I am.", "recipient": "all"}]},
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [clip("target_b"), "!"]},
-                  {"role": "assistant", "content": "more"}, {"role": "user", "content": [clip("voice_b")]},
-                  {"role": "assistant", "content": clip("target_a")}]}]
+    {
+        "messages": [
+            SYSTEM,
+            {"role": "user", "content": [clip("voice_a"), "كيف حالك؟"]},
+            {"role": "assistant", "content": ["نعم: ", clip("target_a"), " ثم ", clip("target_b")]},
+        ]
+    },
+    {
+        "start_index": 3,
+        "messages": [
+            SYSTEM,
+            {"role": "user", "content": "hidden"},
+            {"role": "assistant", "content": ["masked ", clip("voice_b"), " masked"]},
+            {"role": "user", "content": "again"},
+            {"role": "assistant", "content": clip("target_c")},
+        ],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "Who?"},
+            {"role": "assistant", "content": "I am.", "recipient": "all"},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": [clip("target_b"), "!"]},
+            {"role": "assistant", "content": "more"},
+            {"role": "user", "content": [clip("voice_b")]},
+            {"role": "assistant", "content": clip("target_a")},
+        ]
+    },
+]
 
 
 def turns(entry):
     """(turn, whether it is trained) of a manifest entry."""
-    return [(turn, turn["role"] == "assistant" and i >= entry.get("start_index", 0))
-            for i, turn in enumerate(entry["messages"])]
+    return [
+        (turn, turn["role"] == "assistant" and i >= entry.get("start_index", 0))
+        for i, turn in enumerate(entry["messages"])
+    ]
 
 
 def reply_text(entry):
@@ -177,8 +227,14 @@ def test_targets_decode_to_the_assistant_turns(open_data, lora_model, batch_size
     """
     data = open_data(LABELLED, f"--batch_size={batch_size}")
     model = lora_model.get_base_model().eval()
-    clips = [(part["audio_url"], trained) for entry in data.entries for turn, trained in turns(entry)
-             if turn["role"] == "assistant" for part in turn["content"] if "audio_url" in part]
+    clips = [
+        (part["audio_url"], trained)
+        for entry in data.entries
+        for turn, trained in turns(entry)
+        if turn["role"] == "assistant"
+        for part in turn["content"]
+        if "audio_url" in part
+    ]
     said = [np.load(data.clips[path]).tolist() if trained else None for path, trained in clips]
     for _ in ("epoch 1", "epoch 2"):
         texts, speech = [], []
@@ -220,8 +276,12 @@ def test_bf16_computes_the_loss_in_float32(tiny, open_data):
         sums = trainer.loss_sums(outputs, batch, counts, text_head)
     labels = outputs.expanded_labels[:, 1:]
     expected = [F.cross_entropy(heads[0].double(), labels[labels != -100], reduction="sum")]
-    expected += [F.cross_entropy(logits.double(), labels, reduction="sum") for logits, labels in
-                 zip(outputs.audio_logits[:-1].unbind(1), batch["label_audio_ids"][:, 1:], strict=True)]
+    expected += [
+        F.cross_entropy(logits.double(), labels, reduction="sum")
+        for logits, labels in zip(
+            outputs.audio_logits[:-1].unbind(1), batch["label_audio_ids"][:, 1:], strict=True
+        )
+    ]
     assert heads[0].dtype == torch.bfloat16 and sums.dtype == torch.float32
     assert sums.tolist() == pytest.approx([x.item() for x in expected], rel=1e-6)  # float32's precision
 

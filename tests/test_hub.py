@@ -8,7 +8,7 @@ import pytest
 
 import lora
 from dataset import PipelineError
-from tests import launcher
+from tests.support import launcher
 
 BASE, CODEC = lora.ORIGINALS
 HUBERT_MAIN = "models--bosonai--hubert_base/refs/main"
@@ -38,8 +38,12 @@ def hub(tiny):
     """The hub's cache: base and codec as on today's hub, beside the HuBERT of the tiny checkpoint."""
     hub = tiny / "huggingface/hub"
     add_repository(hub, BASE, tiny / "model", {"model_type": "higgs_audio_v2"})
-    add_repository(hub, CODEC, tiny / "codec", {
-        "model_type": "higgs_audio_v2_tokenizer", "acoustic_model_config": {"model_type": "dac"}})
+    add_repository(
+        hub,
+        CODEC,
+        tiny / "codec",
+        {"model_type": "higgs_audio_v2_tokenizer", "acoustic_model_config": {"model_type": "dac"}},
+    )
     main = hub / HUBERT_MAIN
     revision = main.read_text()
     yield hub
@@ -57,7 +61,7 @@ def trained(tiny, hub, folder):
     out = folder / "out"
     flags = f"""--train_manifest {tiny}/train.json --output_dir {out} --base_ckpt {BASE} --batch_size 2
         --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"""
-    done = launcher.run("tests/ranks.py", json.dumps({2: [flags.split()]}))
+    done = launcher.run("tests/support/ranks.py", json.dumps({2: [flags.split()]}))
     assert done.returncode == 0, done.stderr
     return out
 
@@ -84,16 +88,27 @@ def told(tiny, hub, folder, trained):
         (other / "refs/main").write_text(EVIL_REVISION)
         shutil.copytree(config.parent, evil.parent / ADAPTER_REVISION)
         (evil.parent / ADAPTER_REVISION / "adapter_config.json").write_text(
-            '{"base_model_name_or_path": "evil/repo", "peft_type": "LORA"}')
+            '{"base_model_name_or_path": "evil/repo", "peft_type": "LORA"}'
+        )
     train = ["trainer.py", "--train_manifest", tiny / "train.json", "--output_dir", folder / "new"]
     commands = [
         ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", trained, "--output_dir", folder / "a/merged"],
-        ["validate_pipeline.py", "--base_ckpt", f"{BASE}@{lora.ORIGINALS[BASE]}", "--train_manifest",
-         tiny / "train.json", "--adapter", trained, "--output_dir", folder / "listen"],
+        [
+            "validate_pipeline.py",
+            "--base_ckpt",
+            f"{BASE}@{lora.ORIGINALS[BASE]}",
+            "--train_manifest",
+            tiny / "train.json",
+            "--adapter",
+            trained,
+            "--output_dir",
+            folder / "listen",
+        ],
         [*train, "--base_ckpt", f"{BASE}@main"],
         [*train, "--audio_tokenizer", f"{CODEC}@{NEW}"],
         [*train, "--base_ckpt", f"{BASE}@{'0' * 40}"],
-        ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", "no/adapter@v1", "--output_dir", folder / "b"]]
+        ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", "no/adapter@v1", "--output_dir", folder / "b"],
+    ]
     runs = [launcher.run(*command) for command in commands]
     for revision in (EVIL_REVISION, ADAPTER_REVISION):
         (hub / HUBERT_MAIN).write_text(revision)

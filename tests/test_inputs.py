@@ -20,15 +20,19 @@ import dataset
 import lora
 import trainer
 from dataset import PipelineError
-from tests import launcher, tiny_checkpoint
+from tests.support import launcher, tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TONE = tiny_checkpoint.speech_like(0.5, seed=7)
 
 
 def reply_with(clip):
-    return {"messages": [{"role": "user", "content": "hello"},
-                         {"role": "assistant", "content": {"type": "audio", "audio_url": str(clip)}}]}
+    return {
+        "messages": [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": {"type": "audio", "audio_url": str(clip)}},
+        ]
+    }
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +77,10 @@ def test_bad_samples_are_reported_at_once_with_all_their_entries(open_data, tmp_
     assert re.search("entry 1: .*inf.wav: cannot be decoded .*not finite everywhere", error)
 
 
-@pytest.mark.parametrize("rate, channels, suffix", [
-    (24_000, 1, "wav"), (44_100, 2, "wav"), (16_000, 1, "flac"), (48_000, 2, "mp3"), (22_050, 1, "ogg")])
+@pytest.mark.parametrize(
+    "rate, channels, suffix",
+    [(24_000, 1, "wav"), (44_100, 2, "wav"), (16_000, 1, "flac"), (48_000, 2, "mp3"), (22_050, 1, "ogg")],
+)
 def test_codes_are_those_of_inference(open_data, tiny, tmp_path, rate, channels, suffix):
     """Any rate, mono or stereo: the codes that HiggsAudioServeEngine computes."""
     wave = tiny_checkpoint.speech_like(0.6, seed=3, sample_rate=rate)
@@ -87,15 +93,22 @@ def test_codes_are_those_of_inference(open_data, tiny, tmp_path, rate, channels,
     assert torch.equal(data.sample(0)[1].audio_ids_concat, expected)
 
 
-@pytest.mark.parametrize("flag, value, message", [
-    ("--base_ckpt", "/nowhere/model", "--base_ckpt /nowhere/model: no such folder"),
-    ("--base_ckpt", "nobody/nothing", "--base_ckpt nobody/nothing: no such folder, neither cached nor to be "
-     "had from the hub; .*huggingface-cli download nobody/nothing --revision main"),
-    ("--audio_tokenizer", "/nowhere/codec", "--audio_tokenizer /nowhere/codec: no such folder"),
-    ("--audio_tokenizer", "/tmp", "--audio_tokenizer /tmp: no codec there"),
-    ("--code_cache", "/dev/null/cache", "--code_cache /dev/null/cache cannot be made .*Not a directory"),
-    ("--code_cache", "/proc/self", "--code_cache /proc/self cannot be written"),
-])
+@pytest.mark.parametrize(
+    "flag, value, message",
+    [
+        ("--base_ckpt", "/nowhere/model", "--base_ckpt /nowhere/model: no such folder"),
+        (
+            "--base_ckpt",
+            "nobody/nothing",
+            "--base_ckpt nobody/nothing: no such folder, neither cached nor to be "
+            "had from the hub; .*huggingface-cli download nobody/nothing --revision main",
+        ),
+        ("--audio_tokenizer", "/nowhere/codec", "--audio_tokenizer /nowhere/codec: no such folder"),
+        ("--audio_tokenizer", "/tmp", "--audio_tokenizer /tmp: no codec there"),
+        ("--code_cache", "/dev/null/cache", "--code_cache /dev/null/cache cannot be made .*Not a directory"),
+        ("--code_cache", "/proc/self", "--code_cache /proc/self cannot be written"),
+    ],
+)
 def test_what_is_not_there(open_data, entries, flag, value, message):
     with pytest.raises(PipelineError, match=message):
         open_data(entries, f"{flag}={value}")
@@ -118,8 +131,10 @@ def test_a_checkpoint_without_some_weights(tiny, tmp_path):
         lora.load_base(tmp_path / "model", torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("change, seen", [({"n_q": 4}, "differ in codebooks"),
-                                          ({"bins": 512}, "(?s)cannot be loaded .*size mismatch")])
+@pytest.mark.parametrize(
+    "change, seen",
+    [({"n_q": 4}, "differ in codebooks"), ({"bins": 512}, "(?s)cannot be loaded .*size mismatch")],
+)
 def test_a_codec_that_does_not_fit(open_data, entries, tiny, tmp_path, change, seen):
     config = json.loads((tiny / "codec/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -159,13 +174,17 @@ def test_one_bad_clip_ends_all_ranks_with_one_message(tiny, tmp_path, bad_clips)
     manifest = tmp_path / "train.json"
     clips = bad_clips["text"][0], tiny / "clips/voice_b.wav"
     manifest.write_text(json.dumps([reply_with(clip) for clip in clips]))
-    flags = [f"--train_manifest={manifest}", f"--output_dir={tmp_path}/out", f"--base_ckpt={tiny}/model",
-             f"--audio_tokenizer={tiny}/codec"]
-    done = launcher.run("tests/ranks.py", json.dumps({2: [flags]}))
+    flags = [
+        f"--train_manifest={manifest}",
+        f"--output_dir={tmp_path}/out",
+        f"--base_ckpt={tiny}/model",
+        f"--audio_tokenizer={tiny}/codec",
+    ]
+    done = launcher.run("tests/support/ranks.py", json.dumps({2: [flags]}))
     assert "terminated with exit code 1" in done.stderr
     assert done.returncode == 1 and done.stderr.count("error: clips: 1 problem(s)") == 1
     assert f"entry 0: {bad_clips['text'][0]}: cannot be decoded" in done.stderr
-    assert "trainer.py\", line" not in done.stderr and not (tmp_path / "out/metrics.jsonl").exists()
+    assert 'trainer.py", line' not in done.stderr and not (tmp_path / "out/metrics.jsonl").exists()
 
 
 def test_one_process_exits_1_without_a_traceback(tmp_path):
@@ -195,16 +214,37 @@ def test_a_codec_that_does_not_load(tiny, tmp_path):
 def test_a_rank_that_fails_alone_ends_the_job(tiny, tmp_path):
     """Catches an exit that waits for its workers (they ignore SIGTERM), while other ranks wait for it."""
     manifest = tmp_path / "train.json"
-    text = [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": f"{i}"}]}
-            for i in range(40)]
+    text = [
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": f"{i}"}]}
+        for i in range(40)
+    ]
     manifest.write_text(json.dumps(text))
     program = tmp_path / "program.py"
     program.write_text(FAILS_ALONE.format(root=ROOT))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program,
-         "--train_manifest", manifest, "--output_dir", tmp_path / "out", "--base_ckpt", tiny / "model",
-         "--audio_tokenizer", tiny / "codec", "--batch_size=1", "--grad_accum=1"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            program,
+            "--train_manifest",
+            manifest,
+            "--output_dir",
+            tmp_path / "out",
+            "--base_ckpt",
+            tiny / "model",
+            "--audio_tokenizer",
+            tiny / "codec",
+            "--batch_size=1",
+            "--grad_accum=1",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1 and done.stderr.count("error: entry 30 is bad") == 1
 
 
@@ -222,14 +262,23 @@ runpy.run_path("{root}/trainer.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("flag, value, message", [
-    ("--batch_size", "0", "--batch_size is 0; expected 1 or more"),
-    ("--grad_accum", "-1", "--grad_accum is -1"),
-    ("--max_tokens", "-1", "--max_tokens is -1"), ("--save_steps", "0", "--save_steps is 0"),
-    ("--logging_steps", "0", "--logging_steps is 0"), ("--num_workers", "-1", "--num_workers is -1"),
-    ("--lr", "-1e-4", "--lr is -0.0001"), ("--lr", "nan", "--lr is nan"), ("--seed", "-1", "--seed is -1"),
-    ("--lora_dropout", "1.5", "--lora_dropout is 1.5; expected 0 or more, at most 1"),
-    ("--epochs", "two", "--epochs: invalid int value"), ("--precision", "fp16", "invalid choice: 'fp16'")])
+@pytest.mark.parametrize(
+    "flag, value, message",
+    [
+        ("--batch_size", "0", "--batch_size is 0; expected 1 or more"),
+        ("--grad_accum", "-1", "--grad_accum is -1"),
+        ("--max_tokens", "-1", "--max_tokens is -1"),
+        ("--save_steps", "0", "--save_steps is 0"),
+        ("--logging_steps", "0", "--logging_steps is 0"),
+        ("--num_workers", "-1", "--num_workers is -1"),
+        ("--lr", "-1e-4", "--lr is -0.0001"),
+        ("--lr", "nan", "--lr is nan"),
+        ("--seed", "-1", "--seed is -1"),
+        ("--lora_dropout", "1.5", "--lora_dropout is 1.5; expected 0 or more, at most 1"),
+        ("--epochs", "two", "--epochs: invalid int value"),
+        ("--precision", "fp16", "invalid choice: 'fp16'"),
+    ],
+)
 def test_numbers_that_make_no_run(capsys, flag, value, message):
     with pytest.raises(SystemExit) as exit:
         trainer.parse_args(["--train_manifest=a", "--output_dir=b", f"{flag}={value}"])

@@ -10,11 +10,13 @@ import time
 import pytest
 
 import trainer
-from tests import kills, launcher
+from tests.manual import kills
+from tests.support import launcher
+
 
 def run_to_the_end(job):
     """The job's command on its two ranks, without torchrun: what was printed."""
-    done = launcher.run("tests/ranks.py", json.dumps({job.ranks: [kills.flags(job)]}))
+    done = launcher.run("tests/support/ranks.py", json.dumps({job.ranks: [kills.flags(job)]}))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -24,8 +26,13 @@ def test_a_killed_job_ends_in_the_same_adapter(tiny):
     straight, killed = (kills.make_job(tiny, 2, name) for name in ("never_killed", "killed"))
     run_to_the_end(straight)
     expected = kills.check(straight)
-    plan = [("encode", 2, "machine"), ("save", 2, "machine"), ("train", 3, "ask"), ("train", 3, "term"),
-            ("train", 3, "rank")]
+    plan = [
+        ("encode", 2, "machine"),
+        ("save", 2, "machine"),
+        ("train", 3, "ask"),
+        ("train", 3, "term"),
+        ("train", 3, "rank"),
+    ]
     adapter, log, killings = kills.survive(killed, plan, random.Random(0))
     assert len(killings) == len(plan) and adapter == expected
     for moment, _, how, _, steps_lost, seconds, code in killings:

@@ -32,8 +32,14 @@ def adapters(tmp_path, lora_model):
 
 def compare(tiny, manifest, *adapters):
     """Compare in process; torchrun's group is conftest's."""
-    args = trainer.parse_args([f"--train_manifest={manifest}", f"--base_ckpt={tiny}/model",
-                               f"--audio_tokenizer={tiny}/codec", f"--output_dir={tiny}/listen"])
+    args = trainer.parse_args(
+        [
+            f"--train_manifest={manifest}",
+            f"--base_ckpt={tiny}/model",
+            f"--audio_tokenizer={tiny}/codec",
+            f"--output_dir={tiny}/listen",
+        ]
+    )
     args.adapter = adapters
     validate_pipeline.compare(args, CPU)
 
@@ -70,8 +76,10 @@ def test_losses_are_the_formulas_and_the_files_are_there(tiny, adapters, open_da
 def test_an_adapter_that_is_not_finite_never_wins(tiny, adapters, capsys):
     """Catches NaN, which is neither more nor less than any limit, and would win every comparison."""
     weights = load_file(f"{adapters[1]}/adapter_model.safetensors")
-    save_file({name: tensor * (1e30 if "lora_B" in name else 1) for name, tensor in weights.items()},
-              f"{adapters[1]}/adapter_model.safetensors")
+    save_file(
+        {name: tensor * (1e30 if "lora_B" in name else 1) for name, tensor in weights.items()},
+        f"{adapters[1]}/adapter_model.safetensors",
+    )
     with pytest.raises(PipelineError, match="no adapter has a finite loss"):
         compare(tiny, tiny / "train.json", adapters[1])
     compare(tiny, tiny / "train.json", adapters[1], adapters[0])

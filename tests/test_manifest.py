@@ -30,6 +30,7 @@ def load(tiny, tmp_path):
         text = content if isinstance(content, str) else json.dumps(content)
         path.write_bytes(text.encode(encoding, errors="surrogatepass"))
         return load_manifest(path)
+
     return load
 
 
@@ -46,14 +47,14 @@ BAD_ENTRIES = {
     "part number": ([user([7])], "'7' is no AudioContent"),
     "nested list": ([user([["hello"]])], "is no AudioContent"),
     "inline": ([user({**CLIP, "audio_url": "placeholder", "raw_audio": "UklGRg=="})], "save the clip"),
-    "text number": ([user({"type": "text", "text": 7})], 'wrong value type for field .text.'),
+    "text number": ([user({"type": "text", "text": 7})], "wrong value type for field .text."),
     "unknown turn field": ([entry({**REPLY, "name": "b"})], "can not match .name."),
     "unknown audio field": ([user({**CLIP, "speaker": "b"})], "can not match .speaker."),
     "text and audio": ([user({**CLIP, "text": "a"})], "can not match .audio_url."),
     "audio without url": ([user({"type": "audio", "raw_audio": "UklGRg=="})], "is no AudioContent"),
-    "audio_url null": ([user({"type": "audio", "audio_url": None})], 'value type for field .audio_url.'),
-    "duration string": ([user({**CLIP, "duration": "3 s"})], 'wrong value type for field .duration.'),
-    "row_id string": ([user({**CLIP, "row_id": "3"})], 'wrong value type for field .row_id.'),
+    "audio_url null": ([user({"type": "audio", "audio_url": None})], "value type for field .audio_url."),
+    "duration string": ([user({**CLIP, "duration": "3 s"})], "wrong value type for field .duration."),
+    "row_id string": ([user({**CLIP, "row_id": "3"})], "wrong value type for field .row_id."),
     # upstream takes each of the next ones in silence, and wrongly (DESIGN, trap 2)
     "role tool with audio": ([entry({"role": "tool", "content": [CLIP]}, REPLY)], "role is 'tool'"),
     "type image": ([user({"type": "image", "text": "a"})], "content of type 'image' has the fields of text"),
@@ -65,7 +66,7 @@ BAD_ENTRIES = {
     "lone surrogate": ([user("a\ud800")], "text holds '.ud800'"),
     "recipient of a user": ([entry({**REPLY, "role": "user", "recipient": "bob"}, REPLY)], "a recipient"),
     "recipient, masked": ([entry({**REPLY, "recipient": "bob"}, REPLY, start_index=1)], "a recipient"),
-    "recipient number": ([entry({**REPLY, "recipient": 7})], 'wrong value type for field .recipient.'),
+    "recipient number": ([entry({**REPLY, "recipient": 7})], "wrong value type for field .recipient."),
     "offset": ([user({**CLIP, "offset": 0.5})], "voice_a.wav: has an offset"),
     "placeholder alone": ([user({**CLIP, "audio_url": "placeholder"})], "'placeholder'; save the clip"),
     "empty url alone": ([user({**CLIP, "audio_url": ""})], "''; save the clip as a file"),
@@ -90,11 +91,18 @@ def test_bad_entries_are_refused_by_name(load, name):
     error.match(message.replace("messages[0]", r"messages\[0\]"))
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "holds no entry"), ("[]", "holds no entry"), (" \n\n", "holds no entry"),
-    ("[1,", "a JSON array, or JSONL .*line 1"), ('{"messages": 1}\n{"mess', "JSONL .*line 2"),
-    ("[" * 100_000, "a JSON array, or JSONL .*recursion"), ("<xml/>", "a JSON array, or JSONL .*line 1"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "holds no entry"),
+        ("[]", "holds no entry"),
+        (" \n\n", "holds no entry"),
+        ("[1,", "a JSON array, or JSONL .*line 1"),
+        ('{"messages": 1}\n{"mess', "JSONL .*line 2"),
+        ("[" * 100_000, "a JSON array, or JSONL .*recursion"),
+        ("<xml/>", "a JSON array, or JSONL .*line 1"),
+    ],
+)
 def test_not_a_manifest(load, text, message):
     with pytest.raises(PipelineError, match=message):
         load(text)
@@ -126,7 +134,9 @@ def test_array_and_jsonl_with_and_without_bom_and_crlf(load, encoding, newline):
 
 
 GOOD_CONTENTS = {
-    "string": "hello", "list of strings": ["hello", "there"], "text": {"type": "text", "text": "hello"},
+    "string": "hello",
+    "list of strings": ["hello", "there"],
+    "text": {"type": "text", "text": "hello"},
     "type left out": [{"text": "hello"}, {"audio_url": "clips/voice_a.wav"}],
     "scene marks": "<|scene_desc_start|>quiet<|scene_desc_end|> <SE>[laugh]</SE>",
     "metadata": {**CLIP, "duration": 3, "row_id": 1, "offset": None, "raw_audio": None},

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import lora
 from dataset import PipelineError
-from tests import launcher
-from tests.tiny_checkpoint import make_model
+from tests.support import launcher
+from tests.support.tiny_checkpoint import make_model
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -40,8 +40,9 @@ def bf16_base(tiny):
 
 
 def merge(base, adapter, output_dir, *more):
-    return launcher.run("lora.py", "merge", "--base_ckpt", base, "--adapter", adapter, "--output_dir",
-                        output_dir, *more)
+    return launcher.run(
+        "lora.py", "merge", "--base_ckpt", base, "--adapter", adapter, "--output_dir", output_dir, *more
+    )
 
 
 def test_the_engine_loads_what_was_merged(tiny, bf16_base, adapter, tmp_path):
@@ -60,7 +61,8 @@ def test_the_engine_loads_what_was_merged(tiny, bf16_base, adapter, tmp_path):
     assert modes == {(bf16_base / "LICENSE").stat().st_mode}  # a plain file's
     assert (tmp_path / "merged/LICENSE").read_text() == "theirs" and not list(tmp_path.glob("unfinished*"))
     assert not list((tmp_path / "merged").glob("*.unfinished")) and engine.tokenizer.get_vocab() == (
-        AutoTokenizer.from_pretrained(bf16_base).get_vocab())
+        AutoTokenizer.from_pretrained(bf16_base).get_vocab()
+    )
     base = HiggsAudioModel.from_pretrained(bf16_base, torch_dtype=torch.bfloat16).state_dict()
     tensors, changed = load_file(adapter / WEIGHTS), 0
     for name, weight in engine.model.state_dict().items():
@@ -107,18 +109,24 @@ def not_finite(adapter):
     save_file(tensors, adapter / WEIGHTS)
 
 
-@pytest.mark.parametrize("damage, reason", [
-    (lambda folder: config_with(folder, r=8),
-     r"(?s)does not fit the base: 40 .*: is torch.Size\(\[4, 512\]\), expected torch.Size\(\[8"),
-    (without_one, "(?s)does not fit the base: 1 .*: is missing, expected "),
-    (not_finite, "(?s)holds numbers that are not finite: 1 .*  base_model"),
-    (lambda folder: (folder / WEIGHTS).write_bytes(b"damaged"), "SafetensorError"),
-    (lambda folder: (folder / WEIGHTS).unlink(), "no LoRA adapter there"),
-    (lambda folder: (folder / "adapter_config.json").write_text("{"), "no LoRA adapter there"),
-    (lambda folder: config_with(folder, peft_type="IA3"), "no LoRA adapter there"),
-    (lambda folder: config_with(folder, target_modules=["nothing"]), "no LoRA adapter there"),
-    (lambda folder: config_with(folder, target_modules=["q_proj"]), "does not fit the base"),
-], ids=range(9))
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (
+            lambda folder: config_with(folder, r=8),
+            r"(?s)does not fit the base: 40 .*: is torch.Size\(\[4, 512\]\), expected torch.Size\(\[8",
+        ),
+        (without_one, "(?s)does not fit the base: 1 .*: is missing, expected "),
+        (not_finite, "(?s)holds numbers that are not finite: 1 .*  base_model"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b"damaged"), "SafetensorError"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "no LoRA adapter there"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "no LoRA adapter there"),
+        (lambda folder: config_with(folder, peft_type="IA3"), "no LoRA adapter there"),
+        (lambda folder: config_with(folder, target_modules=["nothing"]), "no LoRA adapter there"),
+        (lambda folder: config_with(folder, target_modules=["q_proj"]), "does not fit the base"),
+    ],
+    ids=range(9),
+)
 def test_an_adapter_that_is_damaged_or_foreign_is_refused(tiny, adapter, damage, reason):
     """Catches PEFT's own way: a tensor that is missing is a warning, and the base speaks alone."""
     damage(adapter)

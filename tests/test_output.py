@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import dataset
 import lora
 from dataset import PipelineError
-from tests import launcher
+from tests.support import launcher
 from tests.test_training import run
 
 RUN = dict(base_ckpt="b", train_manifest="m", lora_r=4, lora_alpha=8, seed=1, samples_per_step=16)
@@ -114,11 +114,14 @@ class Code:
 
 
 DAMAGES = {
-    "gone": lambda file: file.unlink(), "empty": lambda file: file.write_bytes(b""),
+    "gone": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
     "text": lambda file: file.write_text("foreign"),
     "cut": lambda file: file.write_bytes(file.read_bytes()[:-1000]),
     "another trainer's": lambda file: torch.save({"step": 5}, file),
-    "a list": lambda file: torch.save([1], file), "code": lambda file: torch.save({"run": Code()}, file)}
+    "a list": lambda file: torch.save([1], file),
+    "code": lambda file: torch.save({"run": Code()}, file),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -165,10 +168,30 @@ def test_a_run_without_finite_steps_stops_with_its_entries(tiny, tmp_path, loggi
     """After a step at such a rate nothing is finite any more: a whole interval (all of a run that is shorter)
     is skipped. metrics.jsonl stays JSON, and there is no adapter.
     """
-    flags = ["--train_manifest", tiny / "train.json", "--base_ckpt", tiny / "model", "--lr", "1e30",
-             "--audio_tokenizer", tiny / "codec", "--output_dir", tmp_path, "--batch_size", 1,
-             "--grad_accum", 2, "--warmup_ratio", 0, "--max_steps", steps, "--logging_steps", logging_steps,
-             "--num_workers", 0]
+    flags = [
+        "--train_manifest",
+        tiny / "train.json",
+        "--base_ckpt",
+        tiny / "model",
+        "--lr",
+        "1e30",
+        "--audio_tokenizer",
+        tiny / "codec",
+        "--output_dir",
+        tmp_path,
+        "--batch_size",
+        1,
+        "--grad_accum",
+        2,
+        "--warmup_ratio",
+        0,
+        "--max_steps",
+        steps,
+        "--logging_steps",
+        logging_steps,
+        "--num_workers",
+        0,
+    ]
     if steps < logging_steps:  # else its first step is finite
         shutil.copytree(tiny / "model", tmp_path / "broken")
         weights = load_file(tmp_path / "broken/model.safetensors")
@@ -177,7 +200,7 @@ def test_a_run_without_finite_steps_stops_with_its_entries(tiny, tmp_path, loggi
         flags[3] = tmp_path / "broken"
     done = launcher.run("trainer.py", *flags)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    error = done.stderr[done.stderr.index("error: loss or gradient not finite"):].splitlines()
+    error = done.stderr[done.stderr.index("error: loss or gradient not finite") :].splitlines()
     assert len(error) == 2 and re.search(r"  step 4: entries \[\[\d", error[1])
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["step"] == 4 and metrics[-1]["loss"] is None
@@ -203,8 +226,12 @@ def test_metrics_begin_as_the_checkpoint_knows_them(tmp_path):
 def test_files_are_as_readable_as_the_umask_says(saved):
     """Catches safetensors' 0600, with which another user's server cannot read the adapter."""
     lora.publish(saved, saved.parent)
-    modes = {path.name: path.stat().st_mode & 0o777 for folder in (saved, saved.parent)
-             for path in folder.iterdir() if path.is_file()}
+    modes = {
+        path.name: path.stat().st_mode & 0o777
+        for folder in (saved, saved.parent)
+        for path in folder.iterdir()
+        if path.is_file()
+    }
     umask = os.umask(0)
     os.umask(umask)
     assert set(modes.values()) == {0o666 & ~umask}
@@ -212,12 +239,24 @@ def test_files_are_as_readable_as_the_umask_says(saved):
 
 def test_learning_rate_and_length_are_the_command_lines_on_resume(tiny, tmp_path):
     """Catches a schedule that comes from the checkpoint: the rate asked for would be ignored in silence."""
-    flags = ["--train_manifest", tiny / "train.json", "--batch_size", 1, "--grad_accum", 1,
-             "--warmup_ratio", 0, "--resume_from_checkpoint", "auto"]
+    flags = [
+        "--train_manifest",
+        tiny / "train.json",
+        "--batch_size",
+        1,
+        "--grad_accum",
+        1,
+        "--warmup_ratio",
+        0,
+        "--resume_from_checkpoint",
+        "auto",
+    ]
     run(tiny, tmp_path, *flags, "--max_steps", 2, "--lr", "1e-3")
     metrics = run(tiny, tmp_path, *flags, "--max_steps", 4, "--lr", "5e-4")
-    cosine = [0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / total)).item())
-              for step, total in ((1, 2), (2, 2), (3, 4), (4, 4))]
+    cosine = [
+        0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / total)).item())
+        for step, total in ((1, 2), (2, 2), (3, 4), (4, 4))
+    ]
     expected = [1e-3 * cosine[0], 1e-3 * cosine[1], 5e-4 * cosine[2], 5e-4 * cosine[3]]
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     assert [line["lr"] for line in metrics] == pytest.approx(expected, abs=1e-10)

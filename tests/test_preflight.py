@@ -7,15 +7,24 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests import launcher
-from tests.tiny_checkpoint import TEXTS, speech_like, voice_cloning_entry
+from tests.support import launcher
+from tests.support.tiny_checkpoint import TEXTS, speech_like, voice_cloning_entry
+
 
 def preflight(tiny, entries, *flags):
     """(exit code, what it printed)."""
     manifest = tiny / "preflight.json"
     manifest.write_text(json.dumps(entries))
-    done = launcher.run("validate_pipeline.py", "--train_manifest", manifest, "--base_ckpt",
-                        tiny / "model", "--audio_tokenizer", tiny / "codec", *flags)
+    done = launcher.run(
+        "validate_pipeline.py",
+        "--train_manifest",
+        manifest,
+        "--base_ckpt",
+        tiny / "model",
+        "--audio_tokenizer",
+        tiny / "codec",
+        *flags,
+    )
     return done.returncode, done.stdout if done.returncode == 0 else done.stderr
 
 
@@ -26,24 +35,35 @@ def doubtful(tiny):
     silent[-24_000 * 7 // 10 :] = 0
     for name, wave in (("silent", silent), ("clipped", clipped)):
         soundfile.write(tiny / "clips" / f"{name}.wav", np.clip(wave, -1, 1), 24_000)
-    pairs = [(TEXTS[0], "voice_a", "target_a"), ("good morning my dear", "voice_b", "target_b"),
-             ("this one ends early", "voice_a", "silent"), ("this one is too loud", "voice_a", "clipped"),
-             ("the very same clip ", "voice_b", "voice_b"),
-             ("far too long a text " * 9, "voice_a", "target_c"), ("", "voice_a", "target_c")]
-    return [voice_cloning_entry(text, f"clips/{voice}.wav", f"clips/{target}.wav")
-            for text, voice, target in pairs]
+    pairs = [
+        (TEXTS[0], "voice_a", "target_a"),
+        ("good morning my dear", "voice_b", "target_b"),
+        ("this one ends early", "voice_a", "silent"),
+        ("this one is too loud", "voice_a", "clipped"),
+        ("the very same clip ", "voice_b", "voice_b"),
+        ("far too long a text " * 9, "voice_a", "target_c"),
+        ("", "voice_a", "target_c"),
+    ]
+    return [
+        voice_cloning_entry(text, f"clips/{voice}.wav", f"clips/{target}.wav")
+        for text, voice, target in pairs
+    ]
 
 
 def test_what_the_data_holds_and_what_is_doubtful(tiny, doubtful):
-    turns = [{"role": "user", "content": "1 2 3"},
-             {"role": "assistant", "content": {"audio_url": "clips/voice_b.wav"}}]
+    turns = [
+        {"role": "user", "content": "1 2 3"},
+        {"role": "assistant", "content": {"audio_url": "clips/voice_b.wav"}},
+    ]
     masked = {"messages": turns + doubtful[0]["messages"][1:], "start_index": 3}
     code, told = preflight(tiny, [*doubtful, masked], "--batch_size", "2", "--grad_accum", "2")
     lines = told.splitlines()
     assert code == 0, told
-    for line in ("entries     8 (1 with a start_index), 7 distinct clips",
-                 "references  1.8 seconds in 2 distinct clips",
-                 "targets     6.6 seconds in 6 distinct clips"):
+    for line in (
+        "entries     8 (1 with a start_index), 7 distinct clips",
+        "references  1.8 seconds in 2 distinct clips",
+        "targets     6.6 seconds in 6 distinct clips",
+    ):
         assert line in lines
     assert 2 <= sum(line.startswith("positions ") for line in lines) <= 10
     assert any(line.startswith("1 GPU       2 optimizer steps an epoch of 4 samples") for line in lines)
@@ -55,13 +75,19 @@ def test_what_the_data_holds_and_what_is_doubtful(tiny, doubtful):
     assert "largest     micro-batch: 2 samples, " in told and told.count(" seconds an epoch\n") == 2
     memory = float(re.search(r"([\d.]+) GB peak memory", told)[1])
     assert 0.1 < memory < 1.6  # of the forward and backward, not of the codec before them
-    doubts = {line.split(": ")[0].strip(): line for line in lines[lines.index(next(filter(
-        lambda line: line.startswith("worth a look"), lines))) + 1 : -1]}
-    for where, doubt in ((f"{tiny}/clips/silent.wav", "ends in 0.6"),
-                         (f"{tiny}/clips/clipped.wav", "is clipped: "),
-                         ("entry 4", "clips/voice_b.wav is both reference and target"),
-                         ("entry 5", "its text has 186.5 characters a second of its clip, "),
-                         ("entry 6", "its text has 0.0 characters a second of its clip, ")):
+    doubts = {
+        line.split(": ")[0].strip(): line
+        for line in lines[
+            lines.index(next(filter(lambda line: line.startswith("worth a look"), lines))) + 1 : -1
+        ]
+    }
+    for where, doubt in (
+        (f"{tiny}/clips/silent.wav", "ends in 0.6"),
+        (f"{tiny}/clips/clipped.wav", "is clipped: "),
+        ("entry 4", "clips/voice_b.wav is both reference and target"),
+        ("entry 5", "its text has 186.5 characters a second of its clip, "),
+        ("entry 6", "its text has 0.0 characters a second of its clip, "),
+    ):
         assert doubt in doubts.pop(where)
     assert not doubts and lines[-1] == "ready for trainer.py with the same options"
 
@@ -69,8 +95,10 @@ def test_what_the_data_holds_and_what_is_doubtful(tiny, doubtful):
 def test_references_in_other_layouts_and_deaf_ones(tiny, entries):
     code, told = preflight(tiny, entries, "--return_audio_in_tokens", "false")
     assert code == 0 and "reference   of entry 0 is NOT heard" in told.splitlines()
-    replies = [{"role": "assistant", "content": {"audio_url": f"clips/{name}.wav"}}
-               for name in ("voice_a", "target_a")]
+    replies = [
+        {"role": "assistant", "content": {"audio_url": f"clips/{name}.wav"}}
+        for name in ("voice_a", "target_a")
+    ]
     asked = {"role": "user", "content": "hello"}
     turns = [asked, replies[0], asked, replies[1]]
     code, told = preflight(tiny, [{"messages": turns, "start_index": 3}])
@@ -78,8 +106,10 @@ def test_references_in_other_layouts_and_deaf_ones(tiny, entries):
 
 
 def test_text_alone_is_legal(tiny):
-    code, told = preflight(tiny, [{"messages": [{"role": "user", "content": "hello"},
-                                                {"role": "assistant", "content": "good day"}]}])
+    code, told = preflight(
+        tiny,
+        [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]}],
+    )
     assert code == 0 and "reference   there is none" in told and "targets     0.0 seconds in 0" in told
 
 

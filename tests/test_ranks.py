@@ -11,22 +11,39 @@ import pytest
 import soundfile
 import torch
 
-from tests import launcher, tiny_checkpoint
+from tests.support import launcher, tiny_checkpoint
 
 MOMENTUM = 0.9  # AdamW: exp_avg' = 0.9 exp_avg + 0.1 gradient
 TOKENS = ["--max_tokens", "400"]
 SPLITS = [  # manifest, ranks, batch_size, grad_accum, more flags; the first of each manifest is compared with
-    ("mixed", 1, 8, 1, []), ("mixed", 1, 2, 4, []), ("mixed", 1, 1, 8, []), ("mixed", 1, 8, 1, TOKENS),
-    ("mixed", 2, 4, 1, []), ("mixed", 2, 1, 4, []), ("mixed", 2, 4, 1, TOKENS),
-    ("mixed", 4, 2, 1, []), ("mixed", 4, 1, 2, []), ("mixed", 4, 2, 1, TOKENS),
-    ("few", 1, 4, 1, []), ("few", 1, 1, 4, []), ("few", 2, 2, 1, []), ("few", 4, 1, 1, []),
-    ("text", 1, 4, 1, []), ("text", 2, 2, 1, []), ("text", 4, 1, 1, [])]
+    ("mixed", 1, 8, 1, []),
+    ("mixed", 1, 2, 4, []),
+    ("mixed", 1, 1, 8, []),
+    ("mixed", 1, 8, 1, TOKENS),
+    ("mixed", 2, 4, 1, []),
+    ("mixed", 2, 1, 4, []),
+    ("mixed", 2, 4, 1, TOKENS),
+    ("mixed", 4, 2, 1, []),
+    ("mixed", 4, 1, 2, []),
+    ("mixed", 4, 2, 1, TOKENS),
+    ("few", 1, 4, 1, []),
+    ("few", 1, 1, 4, []),
+    ("few", 2, 2, 1, []),
+    ("few", 4, 1, 1, []),
+    ("text", 1, 4, 1, []),
+    ("text", 2, 2, 1, []),
+    ("text", 4, 1, 1, []),
+]
 
 
 def entry(text, reply, *references):
     """One that asks with clips and `text`, and is answered by the contents in `reply`."""
-    return {"messages": [{"role": "user", "content": [*map(clip, references), text]},
-                         {"role": "assistant", "content": reply}]}
+    return {
+        "messages": [
+            {"role": "user", "content": [*map(clip, references), text]},
+            {"role": "assistant", "content": reply},
+        ]
+    }
 
 
 def clip(name):
@@ -43,21 +60,36 @@ def write_manifests(folder):
     soundfile.write(folder / "clips/short.wav", tiny_checkpoint.speech_like(0.2, seed=51), 24_000)
     text_only = entry("من أنت؟", ["I am a text."])
     mixed = [
-        entry("طويل " * 20, [clip("long")], "voice_a"), entry("a", [clip("short")]), text_only,
+        entry("طويل " * 20, [clip("long")], "voice_a"),
+        entry("a", [clip("short")]),
+        text_only,
         entry("صباح الخير", [clip("target_a")], "voice_b"),
         entry("b", ["Yes", clip("target_b")], "voice_a"),
-        entry("two", [clip("short"), clip("target_c")], "voice_a", "voice_b"), entry("c", [clip("target_b")]),
-        entry("long again", [clip("long"), clip("short")])]
+        entry("two", [clip("short"), clip("target_c")], "voice_a", "voice_b"),
+        entry("c", [clip("target_b")]),
+        entry("long again", [clip("long"), clip("short")]),
+    ]
     for name, entries in dict(mixed=mixed, few=[mixed[1], text_only, mixed[4]], text=[text_only]).items():
         (folder / f"{name}.json").write_text(json.dumps(entries))
 
 
 def flags(tiny, manifest, output_dir, steps, batch_size, accumulation, *more):
     """Of a run that logs each step and keeps its last one; nothing clips its gradient."""
-    return [f"--train_manifest={tiny}/{manifest}.json", f"--base_ckpt={tiny}/model", "--num_workers=0",
-            f"--audio_tokenizer={tiny}/codec", f"--output_dir={output_dir}", "--lora_dropout=0",
-            f"--batch_size={batch_size}", f"--grad_accum={accumulation}", "--max_grad_norm=1e9",
-            f"--max_steps={steps}", f"--save_steps={steps}", "--logging_steps=1", *more]
+    return [
+        f"--train_manifest={tiny}/{manifest}.json",
+        f"--base_ckpt={tiny}/model",
+        "--num_workers=0",
+        f"--audio_tokenizer={tiny}/codec",
+        f"--output_dir={output_dir}",
+        "--lora_dropout=0",
+        f"--batch_size={batch_size}",
+        f"--grad_accum={accumulation}",
+        "--max_grad_norm=1e9",
+        f"--max_steps={steps}",
+        f"--save_steps={steps}",
+        "--logging_steps=1",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +97,28 @@ def steps(tiny, tmp_path_factory):
     """[(split, gradients of the LoRA tensors, metrics)] of the one step that each split takes."""
     folder = tmp_path_factory.mktemp("ranks")
     write_manifests(tiny)
-    runs = {1: [flags(tiny, manifest, f"{folder}/{manifest}", 1, batch_size, 1, "--lr=1e-2")
-                for manifest, batch_size in (("mixed", 8), ("few", 4), ("text", 4))], 2: [], 4: []}
+    runs = {
+        1: [
+            flags(tiny, manifest, f"{folder}/{manifest}", 1, batch_size, 1, "--lr=1e-2")
+            for manifest, batch_size in (("mixed", 8), ("few", 4), ("text", 4))
+        ],
+        2: [],
+        4: [],
+    }
     for i, (manifest, ranks, batch_size, accumulation, more) in enumerate(SPLITS):
-        runs[ranks].append(flags(tiny, manifest, f"{folder}/{i}", 2, batch_size, accumulation, *more,
-                                 f"--resume_from_checkpoint={folder}/{manifest}/checkpoint-1"))
-    done = launcher.run("tests/ranks.py", json.dumps(runs))
+        runs[ranks].append(
+            flags(
+                tiny,
+                manifest,
+                f"{folder}/{i}",
+                2,
+                batch_size,
+                accumulation,
+                *more,
+                f"--resume_from_checkpoint={folder}/{manifest}/checkpoint-1",
+            )
+        )
+    done = launcher.run("tests/support/ranks.py", json.dumps(runs))
     assert done.returncode == 0, done.stderr
 
     def moments(checkpoint):

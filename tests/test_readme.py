@@ -20,9 +20,16 @@ from tests import acceptance
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-ROWS = ["Bit-for-bit preprocessing", "Identical forward kwargs", "Reference audio is heard",
-        "Dual loss computation", "DualFFN LoRA targeting", "DDP scaling", "LoRA-only checkpoints",
-        "It learns what inference runs"]
+ROWS = [
+    "Bit-for-bit preprocessing",
+    "Identical forward kwargs",
+    "Reference audio is heard",
+    "Dual loss computation",
+    "DualFFN LoRA targeting",
+    "DDP scaling",
+    "LoRA-only checkpoints",
+    "It learns what inference runs",
+]
 
 
 def blocks(language, having):
@@ -136,23 +143,35 @@ def test_the_embedded_default_passes_trains_and_is_compared(clone, step_by_step)
     [preflight] = blocks("", "and trained on")
     for line in preflight.splitlines():  # "..." leaves out
         assert line.split("...")[0] in step_by_step.stdout
-    for line in ("reference   of entry 0 is heard as codes", "losses      of 3 entries, teacher-forced",
-                 "base        emits no audio", "adapter     tiny/listen/adapter.wav, 1.2 s",
-                 "best        tiny/adapter, by"):
+    for line in (
+        "reference   of entry 0 is heard as codes",
+        "losses      of 3 entries, teacher-forced",
+        "base        emits no audio",
+        "adapter     tiny/listen/adapter.wav, 1.2 s",
+        "best        tiny/adapter, by",
+    ):
         assert line in step_by_step.stdout
     adapter = clone[0] / "tiny/adapter"
     for folder in (adapter, clone[0] / "tiny/out"):
         final = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         assert final["step"] == 60 and final["loss"] < 0.05
-    for name in ("README.md", "args.json", "loss.png", "runs", "adapter_config.json",
-                 "checkpoint-60/trainer_state.pt"):
+    for name in (
+        "README.md",
+        "args.json",
+        "loss.png",
+        "runs",
+        "adapter_config.json",
+        "checkpoint-60/trainer_state.pt",
+    ):
         assert (adapter / name).exists()
 
 
 def make_hub(tiny):
     """The tiny checkpoint and codec in the hub's cache, at the revisions that the README's script names."""
-    revisions = {"higgs-audio-v2-generation-3B-base": ("model", "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"),
-                 "higgs-audio-v2-tokenizer": ("codec", "9d4988fbd4ad07b4cac3a5fa462741a41810dbec")}
+    revisions = {
+        "higgs-audio-v2-generation-3B-base": ("model", "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"),
+        "higgs-audio-v2-tokenizer": ("codec", "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"),
+    }
     for name, (folder, revision) in revisions.items():
         snapshots = tiny / f"huggingface/hub/models--bosonai--{name}/snapshots"
         snapshots.mkdir(parents=True)

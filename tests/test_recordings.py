@@ -8,19 +8,25 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from tests import launcher
+from tests.support import launcher
+from tests.support.tiny_checkpoint import speech_like
 from tests.test_readme import blocks
-from tests.tiny_checkpoint import speech_like
 
 # file: (seconds, text, speaker). The text that sorts first is the one of twenty that is held out.
 RECORDINGS = {
     "a0.wav": (1.0, "أين تقع المكتبة؟", "a"),
     "b0.wav": (1.2, "أين تقع المكتبة؟", "b"),
-    "a1.wav": (1.3, "صباح الخير", "a"), "b1.wav": (1.0, "صباح الخير", "b"),
-    "a2.wav": (1.1, "مساء الخير", "a"), "b2.wav": (1.3, "شكرا جزيلا", "b"),
-    "a3.wav": (1.2, "", "a"), "b3.wav": (1.1, "إلى اللقاء", "b"),
-    "a4.wav": (1.4, "كيف حالك اليوم؟", "a"), "b4.wav": (31.0, "طويل", "b"),
-    "a5.wav": (0.9, "قصير", "a"), "c0.wav": (1.0, "وحيد", "c")}
+    "a1.wav": (1.3, "صباح الخير", "a"),
+    "b1.wav": (1.0, "صباح الخير", "b"),
+    "a2.wav": (1.1, "مساء الخير", "a"),
+    "b2.wav": (1.3, "شكرا جزيلا", "b"),
+    "a3.wav": (1.2, "", "a"),
+    "b3.wav": (1.1, "إلى اللقاء", "b"),
+    "a4.wav": (1.4, "كيف حالك اليوم؟", "a"),
+    "b4.wav": (31.0, "طويل", "b"),
+    "a5.wav": (0.9, "قصير", "a"),
+    "c0.wav": (1.0, "وحيد", "c"),
+}
 HELD_OUT = "أين تقع المكتبة؟"
 UNUSED = {"a3.wav": "no text", "a5.wav": "too short", "b4.wav": "too long", "c0.wav": "alone"}  # as targets
 
@@ -86,7 +92,7 @@ def test_one_voice_without_a_column_of_speakers(tmp_path):
     [recipe] = blocks("python", "metadata.csv")
     subprocess.run([sys.executable, "-c", recipe], cwd=tmp_path, check=True, capture_output=True)
     train, held_out = (json.loads((tmp_path / name).read_text()) for name in ("train.json", "held_out.json"))
-    assert {take_apart(entry)[3] for entry in train} == {"two\"", "three"}
+    assert {take_apart(entry)[3] for entry in train} == {'two"', "three"}
     assert [take_apart(entry)[3] for entry in held_out] == ['say "one']
 
 
@@ -97,9 +103,26 @@ def test_from_the_recipe_to_a_comparison(tiny, folder):
     commands = [
         [check, "--train_manifest", "train.json", *model],
         [check, "--train_manifest", "held_out.json", *model],
-        [train, "--train_manifest", "train.json", "--output_dir", "out", *model, "--grad_accum", "1",
-         "--lr", "3e-3", "--max_steps", "4", "--save_steps", "2", "--logging_steps", "1"],
-        [check, "--train_manifest", "held_out.json", *model, "--adapter", "out/checkpoint-2", "out"]]
+        [
+            train,
+            "--train_manifest",
+            "train.json",
+            "--output_dir",
+            "out",
+            *model,
+            "--grad_accum",
+            "1",
+            "--lr",
+            "3e-3",
+            "--max_steps",
+            "4",
+            "--save_steps",
+            "2",
+            "--logging_steps",
+            "1",
+        ],
+        [check, "--train_manifest", "held_out.json", *model, "--adapter", "out/checkpoint-2", "out"],
+    ]
     runs = [launcher.run(*command, cwd=folder) for command in commands]
     assert not any(done.returncode for done in runs), [done.stderr for done in runs]
     first, second, _, compared = (done.stdout for done in runs)

@@ -64,8 +64,11 @@ def test_order_depends_on_seed_and_epoch_alone(lengths, batch, accumulation, wor
 
 def test_order_differs_between_epochs_and_seeds():
     """Catches one order for every epoch, or a seed that is not used. Two of 100! orders do not coincide."""
-    orders = {tuple(index for step in deal_epoch([1] * 100, 1, 1, 1, seed, epoch) for index in trained(step))
-              for seed in range(3) for epoch in range(3)}
+    orders = {
+        tuple(index for step in deal_epoch([1] * 100, 1, 1, 1, seed, epoch) for index in trained(step))
+        for seed in range(3)
+        for epoch in range(3)
+    }
     assert len(orders) == 9
 
 
@@ -81,6 +84,7 @@ def test_loads_of_ranks_differ_by_at_most_the_longest(lengths, batch, accumulati
 def test_resuming_continues_the_same_steps():
     """Catches a sampler that starts its epoch again, or draws anew, when it begins in the middle."""
     for first in range(9):
-        whole, rest = (list(deal_steps(range(1, 11), 4, 7, 2, steps))
-                       for steps in (range(9), range(first, 9)))
+        whole, rest = (
+            list(deal_steps(range(1, 11), 4, 7, 2, steps)) for steps in (range(9), range(first, 9))
+        )
         assert whole[first:] == rest

@@ -14,11 +14,13 @@ from transformers import AutoTokenizer
 import dataset
 import lora
 import trainer
-from tests import benchmark, launcher, tiny_checkpoint
-from tests.tiny_checkpoint import make_config
+from tests.manual import benchmark
+from tests.support import launcher, tiny_checkpoint
+from tests.support.tiny_checkpoint import make_config
 
-VOICE, TARGET_A, TARGET_B = ({"type": "audio", "audio_url": f"clips/{name}.wav"}
-                             for name in ("voice_a", "target_a", "target_b"))
+VOICE, TARGET_A, TARGET_B = (
+    {"type": "audio", "audio_url": f"clips/{name}.wav"} for name in ("voice_a", "target_a", "target_b")
+)
 
 
 def turns(*contents):
@@ -45,10 +47,17 @@ def test_epoch_two_trains_the_labels_of_epoch_one(open_data, entries):
         assert torch.equal(batch["label_ids"], again["label_ids"])
 
 
-@pytest.mark.parametrize("name, text, clips", [
-    # text labels: the reply's bytes, and for each clip <|audio_out_bos|> <|audio_eos|>, and <|eot_id|>
-    ("text only", 8 + 1, 0), ("two clips", 3 + 2 * 2 + 1, 2), ("reference masked", 2 + 1, 1),
-    ("text then audio", 8 + 2 + 1, 1), ("in the system", 2 + 1, 1)])
+@pytest.mark.parametrize(
+    "name, text, clips",
+    [
+        # text labels: the reply's bytes, and for each clip <|audio_out_bos|> <|audio_eos|>, and <|eot_id|>
+        ("text only", 8 + 1, 0),
+        ("two clips", 3 + 2 * 2 + 1, 2),
+        ("reference masked", 2 + 1, 1),
+        ("text then audio", 8 + 2 + 1, 1),
+        ("in the system", 2 + 1, 1),
+    ],
+)
 def test_only_the_trained_reply_is_labelled(open_data, name, text, clips):
     """Catches a masked turn with loss, a reply without, and an end of stream that is not trained."""
     [(batch, counts)] = open_data([LAYOUTS[name]])[[0], True]
@@ -90,8 +99,16 @@ def test_checkpointing_changes_memory_alone(tiny, open_data, entries, precision)
     [(batch, counts)] = open_data(entries, "--batch_size=3")[range(3), True]
     gradients, kept = [], []
     for flags in ([], ["--gradient_checkpointing"]):
-        args = trainer.parse_args([f"--base_ckpt={tiny}/model", "--train_manifest=a", "--output_dir=b",
-                                   f"--precision={precision}", "--lora_dropout=0", *flags])
+        args = trainer.parse_args(
+            [
+                f"--base_ckpt={tiny}/model",
+                "--train_manifest=a",
+                "--output_dir=b",
+                f"--precision={precision}",
+                "--lora_dropout=0",
+                *flags,
+            ]
+        )
         model, text_head = lora.build_model(args, tiny / "model", torch.device("cpu"))
         losses, number = count_saved(model, text_head, batch, counts)
         losses.sum().backward()
@@ -127,10 +144,16 @@ def test_a_gradient_that_is_not_finite_is_not_applied(gradient):
     assert lora.update(optimizer, schedule, [weight], 1.0).isfinite() and (weight < 1).all()
 
 
-@pytest.mark.parametrize("overrides, modules", [
-    ({}, 20), ({"use_audio_out_self_attention": True}, 28), ({"audio_dual_ffn_layers": [1]}, 17),
-    ({"skip_audio_tower": False, "encode_whisper_embed": True}, 20),
-    ({"audio_adapter_type": "stack", "audio_dual_ffn_layers": None}, 14)])
+@pytest.mark.parametrize(
+    "overrides, modules",
+    [
+        ({}, 20),
+        ({"use_audio_out_self_attention": True}, 28),
+        ({"audio_dual_ffn_layers": [1]}, 17),
+        ({"skip_audio_tower": False, "encode_whisper_embed": True}, 20),
+        ({"audio_adapter_type": "stack", "audio_dual_ffn_layers": None}, 14),
+    ],
+)
 def test_targets_follow_the_model(tiny, overrides, modules):
     """Catches LoRA on the Whisper tower, and projections missed where a checkpoint has more of them."""
     with torch.device("meta"):
@@ -142,8 +165,18 @@ def test_targets_follow_the_model(tiny, overrides, modules):
 
 
 def run(tiny, out, *flags):
-    done = launcher.run("trainer.py", "--base_ckpt", tiny / "model", "--output_dir", out,
-                        "--audio_tokenizer", tiny / "codec", "--logging_steps", 1, *flags)
+    done = launcher.run(
+        "trainer.py",
+        "--base_ckpt",
+        tiny / "model",
+        "--output_dir",
+        out,
+        "--audio_tokenizer",
+        tiny / "codec",
+        "--logging_steps",
+        1,
+        *flags,
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -152,11 +185,39 @@ def test_every_layout_trains(tiny, tmp_path):
     """In bfloat16, with recomputed layers and a token budget; the metrics are whole and finite."""
     manifest = tiny / "layouts.jsonl"
     manifest.write_text("\n".join(map(json.dumps, LAYOUTS.values())))
-    [step] = run(tiny, tmp_path, "--train_manifest", manifest, "--precision", "bf16", "--batch_size", 5,
-                 "--gradient_checkpointing", "--max_tokens", 300, "--epochs", 1, "--grad_accum", 1)
+    [step] = run(
+        tiny,
+        tmp_path,
+        "--train_manifest",
+        manifest,
+        "--precision",
+        "bf16",
+        "--batch_size",
+        5,
+        "--gradient_checkpointing",
+        "--max_tokens",
+        300,
+        "--epochs",
+        1,
+        "--grad_accum",
+        1,
+    )
     assert set(step) == {
-        "step", "epoch", "loss", "text_loss", "audio_loss", "audio_loss_per_codebook", "lr", "grad_norm",
-        "skipped_steps", "samples_per_s", "tokens_per_s", "padding", "data_wait", "max_memory_gb"}
+        "step",
+        "epoch",
+        "loss",
+        "text_loss",
+        "audio_loss",
+        "audio_loss_per_codebook",
+        "lr",
+        "grad_norm",
+        "skipped_steps",
+        "samples_per_s",
+        "tokens_per_s",
+        "padding",
+        "data_wait",
+        "max_memory_gb",
+    }
     assert step["step"] == 1 and step["epoch"] == 1.0 and len(step["audio_loss_per_codebook"]) == 8
     assert np.isfinite([step["loss"], step["grad_norm"]]).all() and 0 <= step["padding"] < 0.5
     assert step["loss"] == pytest.approx(step["text_loss"] + np.mean(step["audio_loss_per_codebook"]))
@@ -173,22 +234,44 @@ def test_every_layout_trains(tiny, tmp_path):
 
 def test_a_resumed_run_ends_where_the_straight_one_does(tiny, tmp_path):
     """Bit for bit, with dropout: catches an optimizer, schedule or order that starts anew. Prunes, too."""
-    flags = ["--train_manifest", tiny / "train.json", "--max_steps", 6, "--save_steps", 2, "--batch_size", 1,
-             "--grad_accum", 2, "--save_total_limit", 2, "--lr", "1e-2"]
+    flags = [
+        "--train_manifest",
+        tiny / "train.json",
+        "--max_steps",
+        6,
+        "--save_steps",
+        2,
+        "--batch_size",
+        1,
+        "--grad_accum",
+        2,
+        "--save_total_limit",
+        2,
+        "--lr",
+        "1e-2",
+    ]
     straight = run(tiny, tmp_path / "straight", *flags)
     kept = sorted(path.name for path in tmp_path.glob("straight/checkpoint-*"))
     assert kept == ["checkpoint-4", "checkpoint-6"]
     shutil.copytree(tmp_path / "straight/checkpoint-4", tmp_path / "resumed/checkpoint-4")
     resumed = run(tiny, tmp_path / "resumed", *flags, "--resume_from_checkpoint", "auto")
     assert [step["loss"] for step in resumed] == [step["loss"] for step in straight]
-    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes()
-               for name in ("straight", "resumed")]
+    weights = [
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("straight", "resumed")
+    ]
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("gigabytes, flags, expected", [
-    (80 - 12.1, [], 8192), (24 - 12.1, [], 1024), (24 - 12.1, ["--lora_dropout=0"], 2048),
-    (24 - 12.1, ["--gradient_checkpointing"], 16_384), (1000, [], 16_384)])
+@pytest.mark.parametrize(
+    "gigabytes, flags, expected",
+    [
+        (80 - 12.1, [], 8192),
+        (24 - 12.1, [], 1024),
+        (24 - 12.1, ["--lora_dropout=0"], 2048),
+        (24 - 12.1, ["--gradient_checkpointing"], 16_384),
+        (1000, [], 16_384),
+    ],
+)
 def test_max_tokens_fit_the_free_memory(gigabytes, flags, expected):
     """On a GPU, of the released shape: what the README says of 80 and 24 GB, less base, adapter and AdamW."""
     args = trainer.parse_args(["--train_manifest=a", "--output_dir=b", *flags])

@@ -1,12 +1,12 @@
 """One adapter, heard in two engines: boson_multimodal's, where it was trained, and transformers 5's.
 
-    python -m tests.serve_transformers5 [DIR] [--transformers VERSION]
+    python -m tests.manual.adapter_in_transformers5 [DIR] [--transformers VERSION]
 
 DIR is what `validate_pipeline.py --keep DIR` left; DIR/transformers5 is added to it. Without it a tiny
 checkpoint is made and an adapter trained first. What the README says of transformers 5 is then run with the
 README's own lines: they speak each entry, and merge. The last rows make a mistake in them on purpose, which
 must show. Exit code 1 where a row fails. Two other processes do the work, in a folder where `tiny` is DIR:
-"boson" with boson_multimodal, "port" with transformers 5 (tests/transformers5.py).
+"boson" with boson_multimodal, "port" with transformers 5 (tests/support/transformers5.py).
 """
 
 import argparse
@@ -22,7 +22,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from tests import transformers5
+from tests.support import transformers5
 
 ROOT = transformers5.ROOT
 BOS, EOS = 1024, 1025  # audio_stream_bos_id, audio_stream_eos_id
@@ -30,11 +30,14 @@ FRAME_RATE = 25
 TOLERANCE = 1e-4  # of logits that span 20, in float32
 # Entry 0, as the README's lines have it
 REFERENCE, TEXT = "tiny/clips/voice_a.wav", "صباح الخير يا صديقي"
-OTHER_LAYOUT = {"messages": [
-    {"role": "user", "content": "أين تقع المكتبة؟"},
-    {"role": "assistant", "content": [{"type": "audio", "audio_url": "tiny/clips/voice_b.wav"}]},
-    {"role": "user", "content": "صباح الخير يا صديقي"},
-    {"role": "assistant", "content": [{"type": "audio", "audio_url": "tiny/clips/target_a.wav"}]}]}
+OTHER_LAYOUT = {
+    "messages": [
+        {"role": "user", "content": "أين تقع المكتبة؟"},
+        {"role": "assistant", "content": [{"type": "audio", "audio_url": "tiny/clips/voice_b.wav"}]},
+        {"role": "user", "content": "صباح الخير يا صديقي"},
+        {"role": "assistant", "content": [{"type": "audio", "audio_url": "tiny/clips/target_a.wav"}]},
+    ]
+}
 
 
 def run(*command, hub):
@@ -50,10 +53,31 @@ def make_tiny(folder):
     """A tiny checkpoint in `folder`, and in folder/out an adapter that knows its three entries by heart."""
     hub = folder / "huggingface"
     folder.mkdir()
-    run("-m", "tests.tiny_checkpoint", folder, hub=hub)
-    run("trainer.py", "--train_manifest", folder / "train.json", "--base_ckpt", folder / "model",
-        "--audio_tokenizer", folder / "codec", "--output_dir", folder / "out", "--lora_dropout", 0,
-        "--lr", 5e-3, "--batch_size", 3, "--grad_accum", 1, "--max_steps", 80, "--save_steps", 80, hub=hub)
+    run("-m", "tests.support.tiny_checkpoint", folder, hub=hub)
+    run(
+        "trainer.py",
+        "--train_manifest",
+        folder / "train.json",
+        "--base_ckpt",
+        folder / "model",
+        "--audio_tokenizer",
+        folder / "codec",
+        "--output_dir",
+        folder / "out",
+        "--lora_dropout",
+        0,
+        "--lr",
+        5e-3,
+        "--batch_size",
+        3,
+        "--grad_accum",
+        1,
+        "--max_steps",
+        80,
+        "--save_steps",
+        80,
+        hub=hub,
+    )
 
 
 def read_entries():
@@ -139,7 +163,8 @@ def port_messages(entry):
 def reply_logits(spoken, messages):
     """The port's logits on the frames of the last clip, teacher-forced: (frames, num_codebooks * 1026)."""
     inputs = spoken["processor"].apply_chat_template(
-        messages, chat_template=spoken["template"], tokenize=True, return_dict=True, return_tensors="pt")
+        messages, chat_template=spoken["template"], tokenize=True, return_dict=True, return_tensors="pt"
+    )
     model = spoken["model"]
     with torch.no_grad():
         logits = model(**inputs.to(model.device)).logits[0]
@@ -149,7 +174,7 @@ def reply_logits(spoken, messages):
 
 def difference(logits, expected):
     """The largest difference of the last frames' logits."""
-    return (logits[-len(expected):] - expected).abs().max().item()
+    return (logits[-len(expected) :] - expected).abs().max().item()
 
 
 def share(codes, target):
@@ -263,10 +288,19 @@ def main():
             make_tiny(folder)
         (work / "tiny").symlink_to(folder.resolve())
         hub = folder.resolve() / "huggingface"
-        run("-m", "tests.serve_transformers5", "boson", work, hub=hub)
-        run("lora.py", "merge", "--base_ckpt", work / "tiny/model", "--adapter", work / "tiny/out",
-            "--output_dir", work / "merged", hub=hub)
-        transformers5.run_beside(work / "packages", "tests.serve_transformers5", "port", work)
+        run("-m", "tests.manual.adapter_in_transformers5", "boson", work, hub=hub)
+        run(
+            "lora.py",
+            "merge",
+            "--base_ckpt",
+            work / "tiny/model",
+            "--adapter",
+            work / "tiny/out",
+            "--output_dir",
+            work / "merged",
+            hub=hub,
+        )
+        transformers5.run_beside(work / "packages", "tests.manual.adapter_in_transformers5", "port", work)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Kill real runs of trainer.py at any moment, start them again, compare the adapter's bytes and the metrics.
 
-    python -m tests.kills [--kills 30] [--seed 0]
+    python -m tests.manual.kills [--kills 30] [--seed 0]
 
 makes a tiny checkpoint and prints a line for each kill and each finished run. test_kills.py has fixed ones.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import dataset
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 Job = namedtuple("Job", "folder ranks output_dir cache log")  # folder: the tiny checkpoint's
 
@@ -31,10 +31,20 @@ def make_job(folder, ranks, name):
 
 
 def flags(job):
-    return [f"--train_manifest={job.folder}/train.json", f"--output_dir={job.output_dir}",
-            f"--base_ckpt={job.folder}/model", f"--audio_tokenizer={job.folder}/codec", "--batch_size=1",
-            f"--code_cache={job.cache}", "--grad_accum=2", "--num_workers=1", "--logging_steps=1",
-            "--save_steps=2", f"--max_steps={STEPS}", "--resume_from_checkpoint=auto"]
+    return [
+        f"--train_manifest={job.folder}/train.json",
+        f"--output_dir={job.output_dir}",
+        f"--base_ckpt={job.folder}/model",
+        f"--audio_tokenizer={job.folder}/codec",
+        "--batch_size=1",
+        f"--code_cache={job.cache}",
+        "--grad_accum=2",
+        "--num_workers=1",
+        "--logging_steps=1",
+        "--save_steps=2",
+        f"--max_steps={STEPS}",
+        "--resume_from_checkpoint=auto",
+    ]
 
 
 def start(job, restarts=0, how=None):
@@ -42,16 +52,22 @@ def start(job, restarts=0, how=None):
     torchrun's too, the ranks are forked instead: they import but once.
     """
     if how == "machine":
-        command = ["tests.ranks", json.dumps({job.ranks: [flags(job)]})]
+        command = ["tests.support.ranks", json.dumps({job.ranks: [flags(job)]})]
     else:
-        command = ["torch.distributed.run", "--standalone", f"--max_restarts={restarts}",
-                   f"--nproc_per_node={job.ranks}", "trainer.py", *flags(job)]
+        command = [
+            "torch.distributed.run",
+            "--standalone",
+            f"--max_restarts={restarts}",
+            f"--nproc_per_node={job.ranks}",
+            "trainer.py",
+            *flags(job),
+        ]
     with open(job.log, "a") as log:
         return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stdout=log, stderr=log)
 
 
 def processes(job, ranks_only=False):
-    """Ids of the job's living processes: torchrun or tests/ranks.py, the ranks, their workers."""
+    """Ids of the job's living processes: torchrun or tests/support/ranks.py, the ranks, their workers."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -80,9 +96,12 @@ def wait_for(moment, amount, job, running):
     while running.poll() is None:
         was, saving = saving, (job.output_dir / "unfinished").exists()
         saves += saving and not was
-        come = {"start": time.monotonic() - began >= amount,
-                "encode": len(list(job.cache.glob("*.npy"))) >= clips + amount,
-                "train": max(logged(job), default=0) >= before + amount, "save": saves >= amount}
+        come = {
+            "start": time.monotonic() - began >= amount,
+            "encode": len(list(job.cache.glob("*.npy"))) >= clips + amount,
+            "train": max(logged(job), default=0) >= before + amount,
+            "save": saves >= amount,
+        }
         if come[moment]:
             return True
         time.sleep(0.001 if moment == "save" else 0.01)  # a save can take 17 ms
@@ -141,7 +160,7 @@ def main():
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(HF_HOME=f"{folder}/huggingface", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-        subprocess.run([sys.executable, "-m", "tests.tiny_checkpoint", folder], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "tests.support.tiny_checkpoint", folder], cwd=ROOT, check=True)
         folder, straight, done, lost = Path(folder).resolve(), {}, 0, 0
         for ranks in (2, 3):
             job, began = make_job(folder, ranks, f"straight{ranks}"), time.monotonic()
@@ -159,8 +178,11 @@ def main():
             for moment, amount, how, step, repeated, took, code in kills:
                 done += 1
                 lost += repeated
-                print(f"kill {done}: {ranks} ranks, {moment} {amount:.3g}, {how}, after step {step}, "
-                      f"{repeated} steps lost, exit {code} after {took:.1f} s", flush=True)
+                print(
+                    f"kill {done}: {ranks} ranks, {moment} {amount:.3g}, {how}, after step {step}, "
+                    f"{repeated} steps lost, exit {code} after {took:.1f} s",
+                    flush=True,
+                )
             print(f"finished after {len(kills)} kills: {differing} bytes differ", flush=True)
             assert same, job.log.read_text()
         print(f"{done} kills survived, {lost / done:.1f} of {STEPS} steps lost per kill")

@@ -1,8 +1,8 @@
 """The trainer's step against the obvious loop: same samples, same codes, same update, alternating, medians.
 
-    python tests/benchmark.py [--shape tiny|medium|released] [--json] [--repetitions 3] [trainer.py's options]
-    torchrun --nproc_per_node=2 tests/benchmark.py ...     what the ranks' own work adds; no reference then
-    python tests/benchmark.py --count [--gradient_checkpointing]
+    python tests/manual/benchmark.py [--shape tiny|medium|released] [--json] [--repetitions 3] [OPTIONS]
+    torchrun --nproc_per_node=2 tests/manual/benchmark.py ...  what the ranks' own work adds, no reference
+    python tests/manual/benchmark.py --count [--gradient_checkpointing]
                                     counts what a position of the released shape keeps for the backward pass
 
 reference: micro-batches of batch_size in file order, text logits at every position in float32, PEFT as it is.
@@ -30,13 +30,13 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import dataset  # noqa: E402
 import lora  # noqa: E402
 import trainer  # noqa: E402
-from tests import tiny_checkpoint  # noqa: E402
+from tests.support import tiny_checkpoint  # noqa: E402
 
 SHAPES = {"tiny": {}, "medium": dict(hidden=512, layers=8, vocab_size=128_256), "released": None}
 
@@ -49,8 +49,13 @@ def make_checkpoint(folder, shape, device, layers=28):
         settings = tiny_checkpoint.released_config().to_dict()
         settings["text_config"]["num_hidden_layers"] = layers
         settings["audio_dual_ffn_layers"] = list(range(layers))
-        special = ("audio_in_token_idx", "audio_out_token_idx", "audio_out_bos_token_id",
-                   "audio_eos_token_id", "pad_token_id")
+        special = (
+            "audio_in_token_idx",
+            "audio_out_token_idx",
+            "audio_out_bos_token_id",
+            "audio_eos_token_id",
+            "pad_token_id",
+        )
         config = lora.HiggsAudioConfig(**{**settings, **{name: getattr(config, name) for name in special}})
     torch.set_default_dtype(torch.bfloat16 if shape == "released" else torch.float32)
     with device:
@@ -85,11 +90,17 @@ def reference_gradients(model, micro_batches, counts):
         with contextlib.nullcontext() if last else model.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 outputs = model(**batch)
-                text = F.cross_entropy(outputs.logits[:, :-1].float().flatten(0, 1),
-                                       outputs.expanded_labels[:, 1:].flatten(), reduction="sum")
-                audio = torch.stack([
-                    F.cross_entropy(outputs.audio_logits[:-1, k].float(), labels[1:], reduction="sum")
-                    for k, labels in enumerate(batch["label_audio_ids"])])
+                text = F.cross_entropy(
+                    outputs.logits[:, :-1].float().flatten(0, 1),
+                    outputs.expanded_labels[:, 1:].flatten(),
+                    reduction="sum",
+                )
+                audio = torch.stack(
+                    [
+                        F.cross_entropy(outputs.audio_logits[:-1, k].float(), labels[1:], reduction="sum")
+                        for k, labels in enumerate(batch["label_audio_ids"])
+                    ]
+                )
             weights = (dist.get_world_size() / counts).to(device)
             loss = text * weights[0] + (audio * weights[1:]).mean()
             loss.backward()
@@ -135,17 +146,29 @@ def where_it_goes(step, rank_r, vocab, device):
     with torch.profiler.profile(record_shapes=True) as profile:
         step()
     shares = dict.fromkeys(
-        ["text head", "LoRA", "base layers", "attention", "loss", "optimizer", "other"], 0.0)
+        ["text head", "LoRA", "base layers", "attention", "loss", "optimizer", "other"], 0.0
+    )
     for event in profile.key_averages(group_by_input_shape=True):
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue  # a kernel: its time is the operator's that launched it, too
         sizes = {size for shape in event.input_shapes for size in shape if isinstance(size, int)}
         spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         product = event.key in ("aten::mm", "aten::addmm", "aten::bmm")
-        kind = ("attention" if "attention" in event.key else "optimizer" if "adamw" in event.key
-                else "loss" if "softmax" in event.key or "nll" in event.key
-                else "text head" if product and vocab in sizes else "LoRA" if product and rank_r in sizes
-                else "base layers" if product else "other")
+        kind = (
+            "attention"
+            if "attention" in event.key
+            else "optimizer"
+            if "adamw" in event.key
+            else "loss"
+            if "softmax" in event.key or "nll" in event.key
+            else "text head"
+            if product and vocab in sizes
+            else "LoRA"
+            if product and rank_r in sizes
+            else "base layers"
+            if product
+            else "other"
+        )
         shares[kind] += spent
     return {name: share / sum(shares.values()) for name, share in shares.items()}
 
@@ -175,8 +198,13 @@ def open_data(args, shape, folder, count, device, layers=28):
     make_checkpoint(folder, shape, device, layers)
     args.base_ckpt = str(folder)
     config, tokenizer = lora.open_base(folder)
-    return dataset.StepDataset(*make_samples(folder, count), tokenizer,
-                               dataset.build_collator([], config, "true"), args.batch_size, args.max_tokens)
+    return dataset.StepDataset(
+        *make_samples(folder, count),
+        tokenizer,
+        dataset.build_collator([], config, "true"),
+        args.batch_size,
+        args.max_tokens,
+    )
 
 
 def forward_saving(model, text_head, batch, counts):
@@ -201,12 +229,16 @@ def count_saved(args, folder):
         model, text_head = lora.build_model(args, args.base_ckpt, cpu)
         _, saved = forward_saving(model, text_head, batch, counts)
         weights = {weight.data_ptr() for weight in (*model.parameters(), text_head.weight)}
-        kept = [storage for storage in (tensor.untyped_storage() for tensor in saved)
-                if storage.data_ptr() not in weights]
+        kept = [
+            storage
+            for storage in (tensor.untyped_storage() for tensor in saved)
+            if storage.data_ptr() not in weights
+        ]
         totals.append(sum(storage.nbytes() for storage in kept) / counts.padded_positions)
     layer = totals[1] - totals[0]
-    return {"a position, counted": {"bytes a layer": layer,
-                                    "MB in 28 layers": (totals[0] + 27 * layer) / 1e6}}
+    return {
+        "a position, counted": {"bytes a layer": layer, "MB in 28 layers": (totals[0] + 27 * layer) / 1e6}
+    }
 
 
 def prepare(args, shape, folder, device):
@@ -222,8 +254,9 @@ def prepare(args, shape, folder, device):
 
 def distribute(model):
     """`model` under DDP, as in trainer.main."""
-    return DistributedDataParallel(model, broadcast_buffers=False, init_sync=False,
-                                   gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
+    )
 
 
 def our_steps(args, data, mine, device, waits):
@@ -233,9 +266,16 @@ def our_steps(args, data, mine, device, waits):
     model = distribute(model)
     lengths = [data.sample(i)[0] for i in range(len(data.entries))]
     trainer.rehearse(args, model, text_head, data, lengths)
-    batches = iter(DataLoader(data, batch_size=None, sampler=itertools.repeat((mine, True)),
-                              num_workers=args.num_workers, pin_memory=device.type == "cuda",
-                              worker_init_fn=trainer.ignore_signals))
+    batches = iter(
+        DataLoader(
+            data,
+            batch_size=None,
+            sampler=itertools.repeat((mine, True)),
+            num_workers=args.num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=trainer.ignore_signals,
+        )
+    )
     gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=device)
 
     def step():
@@ -278,10 +318,15 @@ def summary(runs, width):
     """Figures of one way's runs [((loss, counts), seconds, bytes)]; width: its positions with padding."""
     (loss, counts), _, _ = runs[0]
     seconds = statistics.median(took for _, took, _ in runs)
-    return {"ms per step": 1e3 * seconds, "slowest": 1e3 * max(took for _, took, _ in runs),
-            "samples/s": counts.samples / seconds, "positions/s": counts.positions / seconds,
-            "padding": 1 - counts.positions / width,
-            "first loss": loss, "memory above the model, GB": max(memory for *_, memory in runs) / 1e9}
+    return {
+        "ms per step": 1e3 * seconds,
+        "slowest": 1e3 * max(took for _, took, _ in runs),
+        "samples/s": counts.samples / seconds,
+        "positions/s": counts.positions / seconds,
+        "padding": 1 - counts.positions / width,
+        "first loss": loss,
+        "memory above the model, GB": max(memory for *_, memory in runs) / 1e9,
+    }
 
 
 def measure(args, shape, repetitions, folder):
@@ -308,7 +353,8 @@ def measure(args, shape, repetitions, folder):
         figures["reference"] = summary(runs["reference"], padded)
         figures["ours over reference"] = {
             name: figures["ours"][name] / figures["reference"][name]
-            for name in ("ms per step", "memory above the model, GB")}
+            for name in ("ms per step", "memory above the model, GB")
+        }
     if device.type == "cuda" and shape == "released":
         rate = matmul_rate(device)  # 4 FLOP a parameter and position: forward, backward to the activations
         for name in figures.keys() & ways.keys():
@@ -326,12 +372,14 @@ def main():
     parser.add_argument("--count", action="store_true")
     parser.add_argument("--repetitions", type=int, default=3)
     own, options = parser.parse_known_args()
-    args = trainer.parse_args(["--train_manifest=none", "--output_dir=none", "--lora_dropout=0",
-                               "--grad_accum=4", *options])
+    args = trainer.parse_args(
+        ["--train_manifest=none", "--output_dir=none", "--lora_dropout=0", "--grad_accum=4", *options]
+    )
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        figures = (count_saved(args, folder) if own.count
-                   else measure(args, own.shape, own.repetitions, folder))
+        figures = (
+            count_saved(args, folder) if own.count else measure(args, own.shape, own.repetitions, folder)
+        )
     if os.environ.get("RANK", "0") != "0":
         return
     for name, values in () if own.json else figures.items():

@@ -1,9 +1,9 @@
 """An independent oracle: the loss of transformers' own port of this model (fidelity, property 7).
 
-    python -m tests.oracle_transformers5
+    python -m tests.manual.loss_in_transformers5
 
-It needs another transformers than boson_multimodal does: tests/transformers5.py installs that for a while,
-and converts the weights (80 seconds on two CPU cores, most of them for the installation).
+It needs another transformers than boson_multimodal does: tests/support/transformers5.py installs that for a
+while, and converts the weights (80 seconds on two CPU cores, most of them for the installation).
 
 Our half makes a random tiny checkpoint, puts LoRA on it, collates samples and computes the trainer's loss.
 It hands over the merged model, the samples' token ids before expansion and their codes before the delay
@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from tests import transformers5
+from tests.support import transformers5
 
 EOS = 1025  # audio_stream_eos_id
 CLIP_LENGTHS = {"reference_a": 20, "reference_b": 13, "target_a": 40, "target_b": 9, "target_c": 28}  # frames
@@ -30,18 +30,29 @@ CLIP_LENGTHS = {"reference_a": 20, "reference_b": 13, "target_a": 40, "target_b"
 
 def make_entries(folder):
     """Both layouts of a reference, a reply of text and two clips, and one without a clip."""
+
     def clip(name):
         return {"audio_url": f"{folder}/{name}.npy"}
+
     return [
-        {"messages": [
-            {"role": "system", "content": ["Speak in this voice: ", clip("reference_a")]},
-            {"role": "user", "content": [clip("reference_b"), "صباح الخير"]},
-            {"role": "assistant", "content": ["نعم. ", clip("target_a"), " ثم ", clip("target_b")]}]},
-        {"start_index": 2, "messages": [
-            {"role": "user", "content": "أهلا"}, {"role": "assistant", "content": clip("reference_a")},
-            {"role": "user", "content": "مساء الخير"},
-            {"role": "assistant", "content": clip("target_c")}]},
-        {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]}]
+        {
+            "messages": [
+                {"role": "system", "content": ["Speak in this voice: ", clip("reference_a")]},
+                {"role": "user", "content": [clip("reference_b"), "صباح الخير"]},
+                {"role": "assistant", "content": ["نعم. ", clip("target_a"), " ثم ", clip("target_b")]},
+            ]
+        },
+        {
+            "start_index": 2,
+            "messages": [
+                {"role": "user", "content": "أهلا"},
+                {"role": "assistant", "content": clip("reference_a")},
+                {"role": "user", "content": "مساء الخير"},
+                {"role": "assistant", "content": clip("target_c")},
+            ],
+        },
+        {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]},
+    ]
 
 
 def our_half(folder):
@@ -51,7 +62,7 @@ def our_half(folder):
     import dataset
     import lora
     import trainer
-    from tests import tiny_checkpoint
+    from tests.support import tiny_checkpoint
 
     tiny_checkpoint.make_model(folder / "model")
     rng = np.random.default_rng(0)
@@ -117,10 +128,15 @@ def port_inputs(samples, settings):
         rows.append((torch.tensor(ids), torch.tensor(labels), torch.ones(len(ids), dtype=torch.long)))
     input_ids, labels, attention_mask = (
         torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding)
-        for column, padding in zip(zip(*rows), (settings["pad_token_id"], -100, 0)))  # (B, T)
+        for column, padding in zip(zip(*rows), (settings["pad_token_id"], -100, 0))
+    )  # (B, T)
     audio_ids, audio_labels = torch.cat(frames)[None], torch.cat(frame_labels)[None]  # (1, A, num_codebooks)
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "audio_input_ids": audio_ids,
-             "audio_input_ids_mask": torch.ones(audio_ids.shape[:2], dtype=torch.bool)}
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "audio_input_ids": audio_ids,
+        "audio_input_ids_mask": torch.ones(audio_ids.shape[:2], dtype=torch.bool),
+    }
     return batch, labels, audio_labels
 
 
@@ -140,12 +156,14 @@ def main():
         folder = Path(folder)
         transformers5.install(transformers5.DEFAULT_VERSION, folder / "packages")
         text, audio, as_trained = our_half(folder)
-        transformers5.run_beside(folder / "packages", "tests.oracle_transformers5", "port", folder)
+        transformers5.run_beside(folder / "packages", "tests.manual.loss_in_transformers5", "port", folder)
         port_text, port_audio = torch.load(folder / "losses.pt")
     errors = abs(text / port_text - 1), abs(audio / port_audio - 1)
     print(f"text loss: ours {text:.6f}, the port's {port_text:.6f}, relative error {errors[0]:.1e}")
-    print(f"audio loss, summed over codebooks, without the end of stream: ours {audio:.6f}, "
-          f"the port's {port_audio:.6f}, relative error {errors[1]:.1e}")
+    print(
+        f"audio loss, summed over codebooks, without the end of stream: ours {audio:.6f}, "
+        f"the port's {port_audio:.6f}, relative error {errors[1]:.1e}"
+    )
     print(f"audio loss as trained, the mean over codebooks with the end of stream: {as_trained:.6f}")
     if max(errors) > 1e-6:  # float32, sums in another order
         sys.exit("FAILED: the losses differ")

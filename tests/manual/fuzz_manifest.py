@@ -1,6 +1,6 @@
 """Throw manifests at the loader: nothing but PipelineError may come out, and what it takes upstream takes.
 
-    python -m tests.fuzz_manifest [MINUTES]
+    python -m tests.manual.fuzz_manifest [MINUTES]
 
 Run by hand. The entries are real ones with parts of them replaced, removed, repeated or renamed at random.
 """
@@ -18,17 +18,62 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataset import PipelineError, load_manifest
-from tests.tiny_checkpoint import make_tokenizer, voice_cloning_entry
+from tests.support.tiny_checkpoint import make_tokenizer, voice_cloning_entry
 
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from([
-        "assistant", "user", "system", "tool", "a.wav", "none.wav", "", "placeholder", "<|AUDIO|>",
-        "<|eot_id|>", "text", "audio", "image", "UklGRg==", "https://x.org/a.wav", "\ud800", "a\0b",
-        "x" * 999]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([
-        "messages", "role", "content", "type", "text", "audio_url", "raw_audio", "offset", "duration",
-        "row_id", "recipient", "start_index", "speaker", "misc"]) | st.text(max_size=5), inner, max_size=5),
-    max_leaves=8)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(
+        [
+            "assistant",
+            "user",
+            "system",
+            "tool",
+            "a.wav",
+            "none.wav",
+            "",
+            "placeholder",
+            "<|AUDIO|>",
+            "<|eot_id|>",
+            "text",
+            "audio",
+            "image",
+            "UklGRg==",
+            "https://x.org/a.wav",
+            "\ud800",
+            "a\0b",
+            "x" * 999,
+        ]
+    ),
+    lambda inner: st.lists(inner, max_size=4)
+    | st.dictionaries(
+        st.sampled_from(
+            [
+                "messages",
+                "role",
+                "content",
+                "type",
+                "text",
+                "audio_url",
+                "raw_audio",
+                "offset",
+                "duration",
+                "row_id",
+                "recipient",
+                "start_index",
+                "speaker",
+                "misc",
+            ]
+        )
+        | st.text(max_size=5),
+        inner,
+        max_size=5,
+    ),
+    max_leaves=8,
+)
 
 
 def places(value, path=()):
@@ -69,17 +114,21 @@ def main(minutes):
         told["taken"] += 1
         for entry in entries:
             input_ids, labels, clips, _ = prepare_chatml_sample(
-                {key: entry.get(key) for key in ("messages", "start_index")}, tokenizer)
+                {key: entry.get(key) for key in ("messages", "start_index")}, tokenizer
+            )
             assert input_ids is not None and any(label != -100 for label in labels), entry
             audio = [part for turn in entry["messages"] for part in turn["content"] if "text" not in part]
             assert len(clips) == len(audio), entry
 
-    common = settings(max_examples=2000, deadline=None, database=None,
-                      suppress_health_check=list(HealthCheck))
+    common = settings(
+        max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
 
     @common
-    @given(st.lists(st.lists(st.tuples(st.integers(0, 2**32), ANYTHING), max_size=4), min_size=1, max_size=3),
-           st.booleans())
+    @given(
+        st.lists(st.lists(st.tuples(st.integers(0, 2**32), ANYTHING), max_size=4), min_size=1, max_size=3),
+        st.booleans(),
+    )
     def mangled(draws, jsonl):
         entries = [mangle(voice_cloning_entry("hello", "a.wav", "a.wav"), draw) for draw in draws]
         text = "\n".join(map(json.dumps, entries)) if jsonl else json.dumps(entries)

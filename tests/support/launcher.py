@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SERVER = """
 import gc, json, os, runpy, signal, sys
 import librosa, matplotlib.pyplot, validate_pipeline
@@ -39,8 +39,9 @@ for line in sys.stdin:
 @functools.cache
 def start():
     """The process that has done the imports."""
-    return subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def run(program, *options, cwd=ROOT):

@@ -17,16 +17,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_VERSION = "5.24.0"
 DELAY_TOKEN = "</SE_e>"  # the released <|reserved_special_token_6|> is not among the tiny tokenizer's
 
 # The parts of a base, and of a residual unit of the codec, as the port names them
-BASE_PARTS = {"audio_codebook_embeddings": "model.embed_audio_tokens.embed_audio_tokens",
-              "embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm"}
+BASE_PARTS = {
+    "audio_codebook_embeddings": "model.embed_audio_tokens.embed_audio_tokens",
+    "embed_tokens": "model.embed_tokens",
+    "layers": "model.layers",
+    "norm": "model.norm",
+}
 RESIDUAL_UNIT = ("snake1", "conv1", "snake2", "conv2")
-TEXT_SETTINGS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")
+TEXT_SETTINGS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
 
 # Stands in for the template that comes with the hub's base, out of reach here: like that one it leaves out
 # the reference of a user's turn
@@ -34,14 +47,24 @@ STOCK_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
     "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% elif m.role == 'assistant' %}"
     "<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>{% endif %}{% endfor %}<|eot_id|>{% endfor %}"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n<|audio_out_bos|>")
+    "<|start_header_id|>assistant<|end_header_id|>\n\n<|audio_out_bos|>"
+)
 
 
 def install(version, folder):
     """Put transformers `version` and what it requires into `folder`; torch, peft and the rest stay ours."""
     numpy = importlib.metadata.version("numpy")  # compiled packages that stay ours are built for this one
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder),
-               f"transformers=={version}", f"numpy=={numpy}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--target",
+        str(folder),
+        f"transformers=={version}",
+        f"numpy=={numpy}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stderr}\nFAILED: cannot install transformers {version}; is a registry in reach?")
@@ -72,12 +95,16 @@ def base_config(settings, delay_token_id, eos_token_id):
     return HiggsAudioV2Config(
         **{name: text[name] for name in TEXT_SETTINGS},
         rope_parameters={**text["rope_scaling"], "rope_theta": text["rope_theta"]},
-        num_codebooks=settings["audio_num_codebooks"], codebook_size=settings["audio_codebook_size"] + 2,
-        audio_token_id=settings["audio_out_token_idx"], audio_delay_token_id=delay_token_id,
+        num_codebooks=settings["audio_num_codebooks"],
+        codebook_size=settings["audio_codebook_size"] + 2,
+        audio_token_id=settings["audio_out_token_idx"],
+        audio_delay_token_id=delay_token_id,
         audio_bos_token_id=settings["audio_out_bos_token_id"],
         audio_stream_bos_id=settings["audio_stream_bos_id"],
         audio_stream_eos_id=settings["audio_stream_eos_id"],
-        pad_token_id=settings["pad_token_id"], eos_token_id=eos_token_id)
+        pad_token_id=settings["pad_token_id"],
+        eos_token_id=eos_token_id,
+    )
 
 
 def open_base(folder):
@@ -116,7 +143,7 @@ def codec_name(name, parts):
     """The port's name of a weight of HiggsAudioTokenizer."""
     for boson, port in parts.items():
         if name.startswith(boson + "."):
-            return port + name[len(boson):]
+            return port + name[len(boson) :]
     name = name.replace("quantizer.vq.layers.", "quantizer.quantizers.").replace("._codebook.", ".codebook.")
     return re.sub(r"\.(conv[12]?)\.conv\.", r".\1.", name)  # of the semantic encoder and decoder
 
@@ -139,11 +166,19 @@ def open_codec(folder, hubert):
 
     settings = json.loads((folder / "config.json").read_text())
     ratios = settings["ratios"]
-    acoustic = DacConfig(encoder_hidden_size=64, decoder_hidden_size=1024, hidden_size=settings["D"],
-                         downsampling_ratios=ratios, upsampling_ratios=ratios)
+    acoustic = DacConfig(
+        encoder_hidden_size=64,
+        decoder_hidden_size=1024,
+        hidden_size=settings["D"],
+        downsampling_ratios=ratios,
+        upsampling_ratios=ratios,
+    )
     config = HiggsAudioV2TokenizerConfig(
-        target_bandwidths=[0.5, 1, 1.5, 2], codebook_dim=settings["codebook_dim"],  # 2 kbps: 8 codebooks
-        acoustic_model_config=acoustic, semantic_model_config=HubertConfig.from_pretrained(hubert))
+        target_bandwidths=[0.5, 1, 1.5, 2],
+        codebook_dim=settings["codebook_dim"],  # 2 kbps: 8 codebooks
+        acoustic_model_config=acoustic,
+        semantic_model_config=HubertConfig.from_pretrained(hubert),
+    )
     codec = HiggsAudioV2TokenizerModel(config).eval()
     parts = codec_parts(len(ratios))
     halves = torch.load(folder / "model.pth", map_location="cpu")  # float16
@@ -164,6 +199,7 @@ def convert(folder):
     codec.save_pretrained(target / "codec")
     codec.name_or_path = str(target / "codec")  # where the processor will look for it
     sound = DacFeatureExtractor(sampling_rate=24_000, hop_length=1, return_attention_mask=True)
-    processor = HiggsAudioV2Processor(sound, tokenizer, codec, chat_template=STOCK_TEMPLATE,
-                                      audio_delay_token=DELAY_TOKEN)
+    processor = HiggsAudioV2Processor(
+        sound, tokenizer, codec, chat_template=STOCK_TEMPLATE, audio_delay_token=DELAY_TOKEN
+    )
     processor.save_pretrained(target)

@@ -1,6 +1,6 @@
 """Run trainer.main on so many forked ranks; under torchrun each of them would first import, for seconds.
 
-    python -m tests.ranks '{"2": [["--train_manifest=train.json", "--output_dir=out"]]}'
+    python -m tests.support.ranks '{"2": [["--train_manifest=train.json", "--output_dir=out"]]}'
 
 {world size: [flags of a run, ...]}, as JSON. The runs of one world size share its processes.
 """
@@ -15,11 +15,18 @@ from torch.multiprocessing import start_processes
 
 import trainer
 
+
 def run_rank(rank, world_size, port, runs):
     """What torchrun tells a rank, then the runs."""
     signal.alarm(300)  # a rank that waits for ever ends by it
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world_size, MASTER_ADDR="localhost",
-                      MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=world_size,
+        MASTER_ADDR="localhost",
+        MASTER_PORT=port,
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
     group = trainer.join_ranks()
     trainer.join_ranks = lambda: group  # a process can join only once: the runs share the group
     try:
