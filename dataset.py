@@ -1,254 +1,432 @@
-"""Data: from a ChatML manifest, its clips and the codec to one step's micro-batches.
-load_manifest, find_clips, encode_clips, measure; deal_steps -> StepDataset (sample, cut, collate)
-"""
+"""Data: from a ChatML manifest, its clips and the codec to the micro-batches of one optimizer step."""
 
 import contextlib
-import functools
 import hashlib
+import io
 import json
+import math
 import os
 import re
+import signal
+import unicodedata
 import warnings
-from collections import namedtuple
-from pickle import UnpicklingError
+from dataclasses import dataclass
+from os.path import isfile, join
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import dacite
 import librosa
 import numpy as np
+import pydantic
+import soundfile
 import torch
-from audioread import DecodeError
 from boson_multimodal.audio_processing.higgs_audio_tokenizer import load_higgs_audio_tokenizer
 from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioSampleCollator
-from boson_multimodal.data_types import AudioContent, Message, TextContent
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare_chatml_sample
-from safetensors import SafetensorError
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, NonNegativeInt, ValidationInfo
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PretrainedConfig, utils
 
-# What becomes structure in a text (scene and instruction marks may); lone surrogates are no text
+# What is read as structure, not as text (marks of scenes and instructions may be), or cannot be encoded
 NOT_TEXT = re.compile("<\\|(?!scene_desc_|generation_instruction_)[^|<>]*\\|>|[\ud800-\udfff]")
-FILE_ERRORS = (  # what libraries raised on missing, damaged and foreign files
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    SyntaxError,
-    UnpicklingError,
-    DecodeError,
-    librosa.LibrosaError,
-    SafetensorError,
-)
-is_file = functools.cache(os.path.isfile)
-well_typed = set()  # (class, names and types of fields) that dacite took: it takes 15 us
-# Of a micro-batch or step. labels: (1 + num_codebooks,), of the text, then each codebook
-Counts = namedtuple("Counts", "labels samples positions padded_positions")
+# Neither a blank nor invisible, as the marks for directions that Arabic texts have
+VISIBLE = re.compile(r"[^\s\x00-\x1f\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+CLIP_NAME = re.compile(r"\s*\S+\.(wav|mp3|flac|ogg|opus|m4a)\s*", re.IGNORECASE)
+PLAIN_WORDS = {  # for types of error where pydantic's own words say too little
+    "extra_forbidden": "unknown key",
+    "model_attributes_type": "expected text, or an object with text or audio_url",
+    "none_required": "inference reads whole files: cut the clip and remove this key",
+}
+# Sizes in libsndfile's log, as a header tells them and as they are; how files and an mp3's frames begin
+SIZES = re.compile(r"(?i)^ *(?:rif[fx]|riff size|form|data|data size) *: +(\d+) \(should be (\d+)\)", re.M)
+STARTS = {"OGG": b"OggS\0\2", "FLAC": b'fLaC\0\0\0"', "WAV": b"WAVEfmt ", "WAVEX": b"WAVEfmt "}
+FRAME = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
+XING = re.compile(
+    FRAME.pattern + rb".{11,34}(?:Xing|Info)", re.S
+)  # it tells an mp3's length; else it is a guess
+HUBERT = "bosonai/hubert_base"  # HiggsAudioTokenizer loads it, with trust_remote_code=True
+# A micro-batch launches 12,000 kernels in 0.1 s, however small; an H100 computes 2,000 positions meanwhile
+LOWEST_COST = 2_000
 
 
-class PipelineError(Exception):
-    """The user's input is at fault: says where, what was seen and what to do."""
+class UserError(Exception):
+    """The user's input is at fault: the message says where, what was seen and what to do."""
 
 
 @contextlib.contextmanager
-def blaming(what):
-    """Turn what libraries raise on unfit files into a PipelineError."""
+def user_error(message: str):
+    """Turn what a library raises on a user's file into a UserError. Stands around single calls only."""
     try:
         yield
-    except FILE_ERRORS as error:
-        raise PipelineError(f"{what} ({type(error).__name__}: {error})") from None
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{message} ({type(error).__name__}: {error})") from error
 
 
-def refuse(source, problems):
-    """Raise one PipelineError for all `problems`, [(where, what)], if there are any."""
+def raise_if_any(source, problems: list[tuple]) -> None:
+    """Raise one UserError for all `problems`, pairs (where, what), if there are any."""
     lines = [f"  {where}: {what}" for where, what in problems[:20]]
     if len(problems) > 20:
         lines.append(f"  ... and {len(problems) - 20} more")
     if problems:
-        raise PipelineError("\n".join([f"{source}: {len(problems)} problem(s)", *lines]))
+        raise UserError("\n".join([f"{source}: {len(problems)} problem(s)", *lines]))
 
 
-def load_manifest(path):
-    """Entries, contents as lists, paths absolute. Refuses all bad ones at once."""
-    with blaming(f"manifest {path} cannot be read as UTF-8 with a JSON array, or JSONL"):
-        text = path.read_text(encoding="utf-8-sig").strip()
-        if text.startswith("{"):  # splitlines() would also split at U+2028
-            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
-        entries = json.loads(text or "[]")
-    if not isinstance(entries, list) or not entries:
-        raise PipelineError(f"manifest {path} holds no entry; expected one or more")
-    folder = path.absolute().parent
-    refuse(path, [(f"entry {i}", what) for i, e in enumerate(entries) for what in check_entry(e, folder)])
+def build_object(pairs: list[tuple]) -> dict:
+    """Build a JSON object. The schema knows no tuples, so it refuses a repeated key and says where."""
+    values = {}
+    for key, value in pairs:
+        values[key] = ("given twice", values[key], value) if key in values else value
+    return values
+
+
+def read_entries(path: Path) -> list:
+    """Read a JSON array, or objects one after another: JSONL, or a single entry over several lines."""
+    with user_error(f"manifest {path} cannot be read as UTF-8"):
+        text = path.read_text(encoding="utf-8-sig")
+    decoder = json.JSONDecoder(object_pairs_hook=build_object)
+    not_blank = re.compile(r"[^ \t\r\n]")
+    entries, end = [], 0
+    while start := not_blank.search(text, end):
+        try:
+            value, end = decoder.raw_decode(text, start.start())
+        except (ValueError, RecursionError) as error:
+            # An entry that was cut off seems to go on in the next line, so say where it begins, too.
+            line = text.count("\n", 0, start.start()) + 1
+            what = f"is neither a JSON array nor JSONL: {error}, in what begins in line {line}"
+            raise UserError(f"manifest {path} {what}") from error
+        entries += value if isinstance(value, list) else [value]
     return entries
 
 
-def check_entry(entry, folder):
-    """Yield what is wrong with an entry, above all what upstream takes wrongly."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("messages"), list):
-        yield 'is not ChatML; expected {"messages": [{"role": ..., "content": ...}, ...]}'
-        return
-    start = 0 if entry.get("start_index") is None else entry["start_index"]
-    if type(start) is not int or start < 0:
-        yield f'"start_index" is {start!r}; expected null or the first turn to train'
-        return
-    for i, turn in enumerate(entry["messages"]):
-        for what in check_turn(turn, i < start, folder):
-            yield f"messages[{i}]: {what}"
-    roles = [turn.get("role") for turn in entry["messages"][start:] if isinstance(turn, dict)]
-    if "assistant" not in roles:
-        yield f"has no assistant turn at or after start_index {start}"
+def check_text(text: str) -> str:
+    """Refuse a text that would not be read as text."""
+    if found := NOT_TEXT.search(text):
+        raise ValueError(f"text holds {found[0]!r}, which would not be read as text: remove it")
+    return text
 
 
-def check_turn(turn, masked, folder):
-    """Yield what is wrong with a message; `masked`: before start_index, without loss."""
-    if problem := mistyped(Message, {**turn, "content": ""} if isinstance(turn, dict) else turn):
-        yield problem
-        return
-    content, recipient = turn.get("content"), turn.get("recipient") or ""
-    parts = content if isinstance(content, list) else [content]
-    turn["content"] = [{"text": part} if isinstance(part, str) else part for part in parts]
-    for part in [*turn["content"], {"text": recipient}]:
-        yield from check_part(part, folder)
-    if turn["role"] not in ("system", "user", "assistant"):
-        yield f"role is {turn['role']!r}; expected system, user or assistant"
-    if recipient and (masked or turn["role"] != "assistant"):
-        yield "a recipient belongs to assistant turns at or after start_index; remove it"
+def check_path(path: str, info: ValidationInfo) -> str:
+    """Refuse a path without a file; info.context is the manifest's folder."""
+    if path in ("", "placeholder"):  # upstream's marks for a clip that stands in raw_audio
+        raise ValueError("save the clip as a file and give its path")
+    if isfile(join(info.context, path)):
+        return path
+    message = "no such file, from the manifest's folder"
+    for form in ("NFC", "NFD"):  # Two names can look the same and differ: macOS decomposes letters.
+        if isfile(join(info.context, unicodedata.normalize(form, path))):
+            message += f", but there is one if the name is written in Unicode's form {form}"
+    raise ValueError(message)
 
 
-def check_part(part, folder):
-    """Yield what is wrong with one text or clip; makes a clip's path absolute."""
-    kind = "text" if isinstance(part, dict) and "text" in part else "audio"
-    if problem := mistyped(TextContent if kind == "text" else AudioContent, part):
-        yield problem
-    elif part.get("type", kind) != kind:
-        yield f"content of type {part['type']!r} has the fields of {kind}"
-    elif kind == "text":
-        if found := NOT_TEXT.search(part["text"]):
-            yield f"text holds {found[0]!r}, which would not be read as text; remove it"
-    elif part["audio_url"] in ("placeholder", ""):  # upstream's for "see raw_audio"
-        yield f"audio_url is {part['audio_url']!r}; save the clip as a file and give its path"
-    elif part.get("offset") is not None:
-        yield f"{part['audio_url']}: has an offset; inference reads whole files: cut it"
-    else:
-        if "://" not in part["audio_url"]:
-            part["audio_url"] = os.path.abspath(os.path.join(folder, part["audio_url"]))
-        if not is_file(part["audio_url"]):
-            yield f"{part['audio_url']}: no such file, from the manifest's folder"
+def list_parts(content: Any) -> list:
+    """Make a content a list of objects with a type. ChatML also takes strings, one object, and no type."""
+    parts = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            part = {"text": part}
+        if isinstance(part, dict):
+            part = {"type": "text" if "text" in part else "audio", **part}
+        parts.append(part)
+    return parts
 
 
-def mistyped(kind, value):
-    """What dacite, which upstream uses, has against `value` as a `kind`; or None."""
-    if not isinstance(value, dict):
-        return f"{str(value)[:80]!r} is no {kind.__name__}; expected text or an object"
-    types = kind, *((name, type(field)) for name, field in value.items())
-    if types not in well_typed:
-        try:
-            dacite.from_dict(kind, value, dacite.Config(strict=True))
-        except dacite.DaciteError as error:
-            return f"{str(value)[:80]!r} is no {kind.__name__}: {error}"
-        well_typed.add(types)
-    return None
+class Schema(pydantic.BaseModel, extra="forbid", strict=True):
+    """What upstream's ChatMLSample takes, less what it takes wrongly in silence."""
 
 
-def clips_of(entry):
-    """[(role, path)] of a checked entry's clips, in order."""
+class Text(Schema):
+    type: Literal["text"]
+    text: Annotated[str, AfterValidator(check_text)]
+
+
+class Clip(Schema):
+    type: Literal["audio"]
+    audio_url: Annotated[str, AfterValidator(check_path)]
+    raw_audio: str | None = None
+    offset: None = None
+    duration: None = None
+    row_id: int | None = None
+
+
+Part = Annotated[Text | Clip, Field(discriminator="type")]
+
+
+class Turn(Schema):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[list[Part], BeforeValidator(list_parts)]
+    recipient: Annotated[str, AfterValidator(check_text)] | None = None
+
+
+class Entry(Schema):
+    messages: list[Turn]
+    start_index: NonNegativeInt | None = None
+    speaker: JsonValue = None
+    misc: JsonValue = None
+
+
+def in_one_line(error: dict) -> str:
+    """Say where in an entry pydantic found an error, what it expected and what it saw."""
+    place = ""
+    for step in error["loc"]:
+        place += f"[{step}]" if isinstance(step, int) else f": {step}"
+    what = PLAIN_WORDS.get(error["type"], error["msg"]).removeprefix("Value error, ")
+    line = f"{place}: {what}; seen: {error['input']!r:.200}"
+    return " ".join(line.split()).removeprefix(": ")
+
+
+def check_entry(entry: Any, folder: str) -> list[str]:
+    """What is wrong with an entry, a line each: its form or, if that is right, what it would train."""
+    try:
+        checked = Entry.model_validate(entry, context=folder)
+    except pydantic.ValidationError as error:
+        return [in_one_line(one) for one in error.errors()]
+    start = checked.start_index or 0
+    problems = []
+    for i, turn in enumerate(checked.messages):
+        texts = [part.text for part in turn.content if part.type == "text"]
+        if turn.role != "assistant" or i < start:
+            if turn.recipient:
+                problems.append(f"messages[{i}]: only a trained turn may have a recipient: remove it")
+        elif len(texts) == len(turn.content) and not VISIBLE.search("".join(texts)):
+            problems.append(f"messages[{i}]: a trained turn has a clip or words; seen: {texts!r:.200}")
+        elif any(CLIP_NAME.fullmatch(text) or isfile(join(folder, text)) for text in texts):
+            problems.append(
+                f"messages[{i}]: a text is a file's name, give it as audio_url; seen: {texts!r:.200}"
+            )
+    if all(turn.role != "assistant" for turn in checked.messages[start:]):
+        problems.append(f"has no assistant turn at or after start_index {start}")
+    return problems
+
+
+def complete_in_place(entry: dict, folder: str) -> None:
+    """Make contents lists and paths absolute, ".." and all: what it means after a symlink is the system's."""
+    for turn in entry["messages"]:
+        turn["content"] = list_parts(turn["content"])
+        for part in turn["content"]:
+            if part["type"] == "audio":
+                part["audio_url"] = join(folder, part["audio_url"])
+
+
+def load_manifest(path: Path) -> list[dict]:
+    """Entries as upstream takes them, contents lists, paths absolute. Refuses all bad ones at once."""
+    entries = read_entries(path)
+    if not entries:
+        raise UserError(f"manifest {path} holds no entry; expected one or more")
+    folder = str(path.absolute().parent)
+    problems = []
+    for i, entry in enumerate(entries):
+        problems += [(f"entry {i}", what) for what in check_entry(entry, folder)]
+    raise_if_any(path, problems)
+    for entry in entries:
+        complete_in_place(entry, folder)
+    return entries
+
+
+def clips_of(entry: dict) -> list[tuple]:
+    """(role, path) of a loaded entry's clips, in order."""
     parts = [(turn["role"], part) for turn in entry["messages"] for part in turn["content"]]
-    return [(role, part["audio_url"]) for role, part in parts if "text" not in part]
+    return [(role, part["audio_url"]) for role, part in parts if part["type"] == "audio"]
 
 
-def find_clips(entries, cache, fingerprint):
-    """{path: file of its codes}; a clip that changes gets another file."""
-    clips = {}
+def codec_fingerprint(folder: Path) -> str:
+    """What tells two codecs apart. Raises UserError where `folder` holds none.
+
+    Hashing 0.8 GB of weights takes seconds; their last MB is a zip's directory, with each tensor's checksum.
+    """
+    with user_error(f"--audio_tokenizer {folder}: no codec there"):
+        content = (folder / "config.json").read_bytes()
+        with open(folder / "model.pth", "rb") as weights:
+            weights.seek(max(0, weights.seek(0, os.SEEK_END) - 2**20))
+            content += str(weights.tell()).encode() + weights.read()
+    return hashlib.sha256(content).hexdigest()
+
+
+def hubert_revision() -> str:
+    """The revision of HuBERT that the codec will load. Raises UserError where it would run code."""
+    with user_error(f"{HUBERT}, which the codec loads, is not there: huggingface-cli download {HUBERT}"):
+        settings, _ = PretrainedConfig.get_config_dict(HUBERT)
+        code = settings.get("auto_map") or utils.find_adapter_config_file(HUBERT)
+    if code:
+        raise UserError(f"{HUBERT}, revision {settings['_commit_hash']}, would run code: {code}")
+    return str(settings["_commit_hash"])
+
+
+def check_cache(cache: Path) -> None:
+    """Note HuBERT's revision in a cache of codes. Raises UserError where the cache has another revision's."""
+    note, revision = cache / "hubert_revision", hubert_revision()
+    with user_error(f"--code_cache {cache} cannot be written"):
+        before = note.read_text() if note.exists() else revision
+        note.write_text(before)
+    if before != revision:
+        raise UserError(
+            f"--code_cache {cache} has codes by {HUBERT} {before}, now it is {revision}: choose another"
+        )
+
+
+def code_files(entries: list[dict], cache: Path, codec_id: str) -> dict[str, Path]:
+    """{path of a clip: file of its codes}. A clip that changes, or another codec, gets another file."""
+    with user_error(f"--code_cache {cache} cannot be made"):
+        cache.mkdir(parents=True, exist_ok=True)
+    files = {}
     for path in dict.fromkeys(path for entry in entries for _, path in clips_of(entry)):
         status = os.stat(path)
-        identity = [fingerprint, os.path.realpath(path), status.st_size, status.st_mtime_ns]
-        clips[path] = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.npy"
-    return clips
+        identity = [codec_id, os.path.realpath(path), status.st_size, status.st_mtime_ns]
+        files[path] = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.npy"
+    return files
 
 
-def load_codes(file):
-    """One clip's codes, int16 (num_codebooks, T). PipelineError: lost or damaged."""
-    with blaming(f"codes {file} are damaged: remove them; or not on this node: share a --code_cache"):
-        return np.load(file, mmap_mode="r")
-
-
-def find_missing(clips):
-    """[(path, file)] of the clips whose codes are not in the cache, largest first."""
-    missing = [(path, file) for path, file in clips.items() if not file.exists()]
+def find_missing(files: dict[str, Path]) -> list[tuple[str, Path]]:
+    """(path, file) of the clips whose codes are not in the cache, the largest first."""
+    missing = [(path, file) for path, file in files.items() if not file.exists()]
     return sorted(missing, key=lambda clip: os.path.getsize(clip[0]), reverse=True)
 
 
-def load_codec(folder, device):
-    """Load the codec onto `device`. PipelineError where that fails."""
-    hubert = "bosonai/hubert_base"  # its class loads that, with trust_remote_code=True
-    with blaming(f"--audio_tokenizer {folder}, HuBERT (huggingface-cli download {hubert}) cannot be loaded"):
-        settings, _ = PretrainedConfig.get_config_dict(hubert)
-        if "auto_map" in settings or utils.find_adapter_config_file(hubert):
-            raise PipelineError(
-                f"{hubert}, revision {settings['_commit_hash']}, would run code: auto_map "
-                f"is {settings.get('auto_map', 'in its adapter_config.json')}; expected none"
-            )
-        warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
+def load_codec(folder: Path, device):
+    """The codec, on `device`. Raises UserError where it cannot be loaded, or was never trained."""
+    warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
+    with user_error(f"--audio_tokenizer {folder} cannot be loaded"):
         codec = load_higgs_audio_tokenizer(str(folder), device=str(device))
     if not all(buffer.all() for name, buffer in codec.named_buffers() if name.endswith("inited")):
-        raise PipelineError(f"--audio_tokenizer {folder} has codebooks that were never trained")
+        raise UserError(f"--audio_tokenizer {folder} has codebooks that were never trained")
     return codec
 
 
-def load_waveform(path, sample_rate):
-    """Mono float32 (samples,), as inference loads it. PipelineError: unfit."""
-    with blaming(f"{path}: cannot be decoded as sound; write it again, as wav"):
-        wave, _ = librosa.load(path, sr=sample_rate)
-    if len(wave) < 0.1 * sample_rate:  # the codec's convolutions fail
-        raise PipelineError(f"{path}: lasts {len(wave) / sample_rate:.3f} s; the codec needs at least 0.1 s")
-    return wave
+class Watched(io.BytesIO):
+    """Bytes that note whether a read met their end half way: libsndfile reads an mp3 frame by frame."""
+
+    is_cut = False
+
+    def readinto(self, buffer):
+        count = super().readinto(buffer)
+        self.is_cut |= (
+            4 < len(buffer) > count > 0
+        )  # 4 bytes are a frame's header, which it seeks in tags, too
+        return count
 
 
-def encode_clips(clips, entries, codec, show):
-    """Write codes of [(path, file)], each whole or not at all. Refuses all bad clips."""
-    problems = {}
-    for path, file in tqdm(clips, "encoding clips", disable=not show):
-        try:
-            wave = load_waveform(path, codec.sampling_rate)
-        except PipelineError as error:
-            problems[path] = error
-            continue
-        # One clip at a time: padding a batch of clips changes their codes
-        codes = codec.encode(wave, codec.sampling_rate)  # (num_codebooks, T)
-        unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
-        with blaming(f"--code_cache {file.parent} cannot be written"):
-            with open(unfinished, "wb") as stream:
-                np.save(stream, codes.squeeze(0).cpu().numpy().astype(np.int16))
-            unfinished.rename(file)
-    refuse(
-        "clips",
-        [
-            (f"entry {i}", problems[path])
-            for i, entry in enumerate(entries)
-            for path in {clip for _, clip in clips_of(entry)} & problems.keys()
-        ],
+def find_lack(sound: soundfile.SoundFile, log: str, data: Watched, samples: int) -> str | None:
+    """Why the decoded `samples` are not all that a clip holds: libsndfile decodes what it can, in silence."""
+    content, is_mp3 = data.getvalue(), "MPEG" in sound.subtype
+    for told, there in SIZES.findall(log):
+        if int(there) + 64 < int(told) < 1 << 30:  # writers miscount a header; a stream's size is 2 or 4 GB
+            return f"only {there} of the {told} bytes that its header tells are there: fetch it again"
+    if samples < sound.frames and (not is_mp3 or XING.search(content)):
+        return f"its header tells {sound.frames / sound.samplerate:.3f} s: fetch it again"
+    if sound.format in STARTS and content.count(STARTS[sound.format]) > 1:
+        return "it is several files joined: write it again, as wav"
+    if sound.format == "OGG":
+        page = content[content.rindex(b"OggS\0") :]  # flags at 5, the number of segments at 26, their sizes
+        if len(page) < 27 or not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27:][: page[26]]):
+            return "its last page is missing: fetch it again"
+    rest = content[data.tell() :].split(b"APETAGEX")[0] if is_mp3 else b""  # that tag may hold a picture
+    if len(FRAME.findall(rest)) > 2:  # the last two may be padding
+        return f"{len(rest)} of its {len(content)} bytes follow: write it again, as wav"
+    return "its last frame is cut: fetch it again" if is_mp3 and data.is_cut else None
+
+
+def import_librosa() -> None:
+    """Import what librosa imports late: where that fails, no clip is to blame. Raises UserError."""
+    message = (
+        "librosa cannot be imported; where HOME is read-only, set NUMBA_CACHE_DIR to a folder that is not"
     )
+    with user_error(message):
+        _ = librosa.load, librosa.resample, librosa.effects.trim
 
 
-def build_collator(entries, config, setting):
-    """serve_engine.py's, but for return_audio_in_tokens; refuses references not heard."""
-    as_codes = config.encode_audio_in_tokens if setting == "auto" else setting == "true"
-    heard = ["assistant", "user", "system"] if as_codes and config.encode_audio_in_tokens else ["assistant"]
-    deaf = [
-        f"entry {i}"
-        for i, entry in enumerate(entries)
-        if any(role not in heard for role, _ in clips_of(entry))
+def load_waveform(path: str, sample_rate: int) -> np.ndarray:
+    """A clip as inference loads it: mono, float32 (samples,). Raises UserError: unfit, or not all of it."""
+    with user_error(f"{path}: cannot be decoded as sound; fetch it again, or write it again as wav"):
+        sound, data = soundfile.SoundFile(path), Watched(Path(path).read_bytes())
+        log = sound.extra_info
+        source = soundfile.SoundFile(data) if "MPEG" in sound.subtype else sound
+        wave, rate = librosa.load(source, sr=None)
+        resampled = librosa.resample(wave, orig_sr=rate, target_sr=sample_rate)
+    seconds = len(wave) / rate
+    if lack := find_lack(sound, log, data, len(wave)):
+        raise UserError(f"{path}: {seconds:.3f} s of it are decoded, but {lack}")
+    if seconds < 0.1:  # the codec's convolutions fail
+        raise UserError(f"{path}: lasts {seconds:.3f} s; the codec needs at least 0.1 s")
+    return resampled
+
+
+def ignore_signals(_) -> None:
+    """In a DataLoader's worker: a signal reaches the whole process group, the main process decides."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def in_workers(function, items, num_workers: int):
+    """Yield function(item) of each item, in order, computed ahead in worker processes.
+
+    The results hold NumPy arrays: a tensor from a worker is an open file. Raises a worker's UserError, and
+    RuntimeError ("DataLoader ...") where a worker dies or takes more than ten minutes for an item.
+    """
+    options = dict(num_workers=num_workers, worker_init_fn=ignore_signals)
+    if num_workers:  # by fork: `function` may be a closure, which cannot be pickled
+        options |= dict(timeout=600, multiprocessing_context="fork")
+    try:
+        yield from DataLoader(items, batch_size=None, collate_fn=function, **options)
+    except UserError as error:  # its text is the worker's traceback, which ends in the message
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+def encode_clips(clips: list[tuple], entries: list[dict], codec, num_workers: int, show=True) -> None:
+    """Write the codes of (path, file) pairs, each whole or not at all. Raises UserError for all bad clips."""
+
+    def load(clip):
+        try:
+            return load_waveform(clip[0], codec.sampling_rate)
+        except UserError as error:
+            return str(error)
+
+    import_librosa()
+    problems, waves = {}, in_workers(load, clips, num_workers)
+    bar = tqdm(waves, "encoding clips", len(clips), disable=not show)
+    for (path, file), wave in zip(clips, bar, strict=True):
+        if isinstance(wave, str):
+            problems[path] = wave
+            continue
+        try:  # one clip at a time: padding a batch of clips changes their codes
+            codes = codec.encode(wave, codec.sampling_rate).squeeze(0)  # (num_codebooks, T)
+        except torch.OutOfMemoryError:
+            problems[path] = (
+                f"{path}: its {len(wave) / codec.sampling_rate:.0f} s do not fit this GPU; cut it"
+            )
+            continue
+        unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
+        with user_error(f"--code_cache {file.parent} cannot be written"):
+            with open(unfinished, "wb") as stream:
+                np.save(stream, codes.cpu().numpy().astype(np.int16))
+            unfinished.rename(file)
+    used = [(i, path) for i, entry in enumerate(entries) for path in {path for _, path in clips_of(entry)}]
+    raise_if_any("clips", [(f"entry {i}", problems[path]) for i, path in used if path in problems])
+
+
+def load_codes(file: Path) -> np.ndarray:
+    """One clip's codes, int16 (num_codebooks, T). Raises UserError where they are lost or damaged."""
+    with user_error(f"codes {file} are damaged: remove them; or not on this node: share a --code_cache"):
+        return np.load(file, mmap_mode="r")
+
+
+def build_collator(entries: list[dict], config, setting: str) -> HiggsAudioSampleCollator:
+    """serve_engine.py's collator, but for return_audio_in_tokens: by the base's config, or false.
+
+    Raises UserError where a reference in a user or system turn would never reach the base.
+    """
+    heard = bool(config.encode_audio_in_tokens and setting == "auto")
+    unheard = [
+        i for i, entry in enumerate(entries) if any(role != "assistant" for role, _ in clips_of(entry))
     ]
-    if deaf and setting == "false":
-        warnings.warn(f"{len(deaf)} entries train deaf, the first is {deaf[0]}", stacklevel=2)
-    else:
-        refuse(
-            f"encode_audio_in_tokens {config.encode_audio_in_tokens}, --return_audio_in_tokens {setting}",
-            [(entry, "its reference never reaches the model; use an earlier reply") for entry in deaf],
+    if unheard and setting == "false":
+        warnings.warn(
+            f"{len(unheard)} entries do not hear their reference, from {unheard[0]} on", stacklevel=2
         )
+    elif unheard and not heard:
+        problem = "its reference never reaches this base; give it in an earlier assistant turn"
+        raise_if_any("encode_audio_in_tokens is false", [(f"entry {i}", problem) for i in unheard])
     return HiggsAudioSampleCollator(
         whisper_processor=None,
         encode_whisper_embed=config.encode_whisper_embed,
@@ -257,109 +435,151 @@ def build_collator(entries, config, setting):
         audio_stream_bos_id=config.audio_stream_bos_id,
         audio_stream_eos_id=config.audio_stream_eos_id,
         pad_token_id=config.pad_token_id,
-        return_audio_in_tokens=as_codes,
-        round_to=1,
+        return_audio_in_tokens=heard,
         use_delay_pattern=config.use_delay_pattern,
+        round_to=1,
         audio_num_codebooks=config.audio_num_codebooks,
     )
 
 
-def add_up(counts):
-    """The Counts of several micro-batches, or steps, together."""
-    return Counts(*(sum(column) for column in zip(*counts, strict=True)))
-
-
+@dataclass
 class StepDataset:
-    """An item is a rank's share of a step: micro-batches, [(batch, Counts), ...]."""
+    """data[indices] is one rank's share of an optimizer step, a list of micro-batches (batch, counts).
 
-    def __init__(self, entries, clips, tokenizer, collator, batch_size, max_tokens):
-        self.entries, self.clips, self.tokenizer = entries, clips, tokenizer
-        self.collator, self.batch_size, self.max_tokens = collator, batch_size, max_tokens
+    batch: HiggsAudioModel.forward's keyword arguments, NumPy arrays. counts (1 + num_codebooks + 2,): labels
+    of the text and of each codebook, positions without and with padding.
+    """
 
-    def __getitem__(self, share):
-        indices, trained = share
-        micro_batches = cut(map(self.sample, indices), self.batch_size, self.max_tokens)
-        return [self.collate(*zip(*samples, strict=True), trained) for samples in micro_batches]
+    entries: list[dict]
+    code_files: dict[str, Path]
+    tokenizer: Any
+    collator: HiggsAudioSampleCollator
+    batch_size: int
+    max_tokens: int | None
 
-    def sample(self, index):
-        """(positions, sample) of one entry, afresh: the collator leaves marks in it."""
+    def __getitem__(self, indices: list[int]) -> list[tuple[dict, np.ndarray]]:
+        samples = sorted(map(self.load_sample, indices), key=lambda pair: pair[0], reverse=True)
+        micro_batches = []
+        for cut in split_into_micro_batches(
+            [length for length, _ in samples], self.max_tokens, self.batch_size
+        ):
+            lengths, chosen = zip(*samples[cut.start : cut.stop], strict=True)
+            batch = vars(self.collator(list(chosen)))
+            counts = np.zeros(1 + self.collator.audio_num_codebooks + 2, np.int64)
+            counts[-2:] = sum(lengths), len(lengths) * lengths[0]
+            for k, labels in enumerate([batch["label_ids"], *batch["label_audio_ids"]]):  # (B, T), (A,) each
+                counts[k] = (labels[..., 1:] != -100).sum()
+            arrays = {
+                name: value.numpy() if torch.is_tensor(value) else value for name, value in batch.items()
+            }
+            micro_batches.append((arrays, counts))
+        return micro_batches
+
+    def load_sample(self, index: int) -> tuple[int, ChatMLDatasetSample]:
+        """(positions, sample) of an entry, made anew each time: the collator writes marks into a sample."""
         entry = {key: self.entries[index].get(key) for key in ("messages", "start_index")}
         input_ids, label_ids, _, _ = prepare_chatml_sample(entry, self.tokenizer)
         if input_ids is None:
-            raise PipelineError(f"entry {index}: upstream refuses it, as printed above")
-        codes = [torch.tensor(load_codes(self.clips[path]), dtype=torch.long) for _, path in clips_of(entry)]
+            raise UserError(f"entry {index}: upstream refuses it, as printed above")
+        codes = [
+            torch.tensor(load_codes(self.code_files[path]), dtype=torch.long) for _, path in clips_of(entry)
+        ]
+        num_codebooks, nothing = self.collator.audio_num_codebooks, torch.zeros(0, dtype=torch.long)
         starts = torch.tensor([0, *(code.shape[1] for code in codes)]).cumsum(0)[:-1]  # (clips,)
         sample = ChatMLDatasetSample(
             input_ids=torch.LongTensor(input_ids),
             label_ids=torch.LongTensor(label_ids),
-            audio_ids_concat=torch.cat(codes, dim=1) if codes else torch.zeros(8, 0),  # (num_codebooks, T)
+            audio_ids_concat=torch.cat([*codes, torch.zeros(num_codebooks, 0, dtype=torch.long)], dim=1),
             audio_ids_start=starts,
-            audio_waveforms_concat=torch.zeros(0),
-            audio_waveforms_start=starts[:0],
-            audio_sample_rate=torch.zeros(0),
+            audio_waveforms_concat=nothing,
+            audio_waveforms_start=nothing,
+            audio_sample_rate=nothing,
             audio_speaker_indices=None,
         )
-        tokens = self.collator.audio_in_token_id, self.collator.audio_out_token_id
-        length = sample.cal_num_tokens(False, self.collator.return_audio_in_tokens, True, *tokens)
-        length += len(codes) * (self.collator.audio_num_codebooks + 1)  # BOS, EOS, delay: not in it
-        return -(-length // 8) * 8, sample  # upstream pads to a multiple of 8
-
-    def collate(self, lengths, samples, trained):
-        batch = vars(self.collator(list(samples)))  # pin_memory ignores dataclasses
-        labels = torch.zeros(self.collator.audio_num_codebooks + 1, dtype=torch.long)
-        for k, label in enumerate([batch["label_ids"], *batch["label_audio_ids"]]):  # (B, T), 8 x (A,)
-            if not trained:
-                label.fill_(-100)
-            labels[k] = (label[..., 1:] != -100).sum()
-        return batch, Counts(labels, len(samples) if trained else 0, sum(lengths), len(samples) * lengths[0])
+        placeholders = self.collator.audio_in_token_id, self.collator.audio_out_token_id
+        length = sample.cal_num_tokens(False, self.collator.return_audio_in_tokens, True, *placeholders)
+        length += len(codes) * (num_codebooks + 1)  # of BOS, EOS and the delay, which are not in it
+        return math.ceil(length / 8) * 8, sample  # upstream pads to a multiple of 8
 
 
-def measure(data):
-    """Positions of each entry of a StepDataset, estimated: to tokenize one takes 1 ms."""
-    shapes = {path: load_codes(file).shape for path, file in data.clips.items()}
-    if {shape[0] for shape in shapes.values()} - {data.collator.audio_num_codebooks}:
-        raise PipelineError("--audio_tokenizer and --base_ckpt differ in codebooks")
-    sizes, columns = [], []  # bytes of text, with 20 for marks; codes
+def to_tensors(batch: dict, device: torch.device) -> dict:
+    """A batch's NumPy arrays as tensors on `device`; to a GPU through pinned memory, without a wait."""
+    tensors = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
+    if device.type == "cuda":
+        for name, x in tensors.items():
+            tensors[name] = x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x
+    return tensors
+
+
+def estimate_lengths(data: StepDataset) -> list[int]:
+    """Positions of each entry, to plan with: its codes, and a token for 3 bytes of text.
+
+    Raises UserError where the codes are not of the base's codebooks.
+    """
+    columns, end = {}, data.collator.audio_stream_bos_id  # codes are below the marks of a stream
+    for path, file in data.code_files.items():
+        codes = load_codes(file)
+        if len(codes) != data.collator.audio_num_codebooks or codes.max(initial=0) >= end:
+            raise UserError(
+                f"--audio_tokenizer and --base_ckpt differ in codebooks: {path} has {len(codes)}, codes to "
+                f"{codes.max(initial=0)}; the base has {data.collator.audio_num_codebooks}, codes below {end}"
+            )
+        columns[path] = codes.shape[1] + len(codes) + 1  # BOS, EOS, delay
+    lengths = []
     for entry in data.entries:
         texts = [part.get("text", "") for turn in entry["messages"] for part in turn["content"]]
-        sizes.append(20 * len(entry["messages"]) + sum(len(text.encode()) for text in texts))
-        columns.append(
-            sum(
-                shapes[path][1] + 9
-                for role, path in clips_of(entry)
-                if role == "assistant" or data.collator.return_audio_in_tokens
-            )
-        )
-    some = range(0, len(sizes), 1 + len(sizes) // 50)  # 50 entries tell tokens a byte
-    rate = sum(data.sample(i)[0] - columns[i] for i in some) / sum(sizes[i] for i in some)
-    return [round(rate * size) + audio for size, audio in zip(sizes, columns, strict=True)]
+        roles = ("assistant", "user", "system") if data.collator.return_audio_in_tokens else ("assistant",)
+        heard = sum(columns[path] for role, path in clips_of(entry) if role in roles)
+        lengths.append(heard + 6 * len(entry["messages"]) + len("".join(texts).encode()) // 3)
+    return lengths
 
 
-def deal_steps(lengths, samples_per_step, seed, world_size, steps):
-    """Yield all ranks' shares, [(indices, trained), ...], of each of `steps`, a range.
+def samples_of_step(step: int, num_samples: int, samples_per_step: int, seed: int) -> list[int]:
+    """Indices of the samples of an optimizer step, over all ranks.
 
-    An epoch is a permutation by (seed, epoch), cut; samples go, longest first, to the idlest rank.
+    A run is one stream of samples, a permutation by (seed, epoch) for each epoch; each step takes the next.
     """
-    for step in steps:
-        epoch, position = divmod(step, -(-len(lengths) // samples_per_step))
-        if position == 0 or step == steps[0]:
-            order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
-        samples = order[position * samples_per_step :][:samples_per_step].tolist()
-        samples.sort(key=lambda sample: -lengths[sample])
-        shares, loads = [[] for _ in range(world_size)], [0] * world_size
-        for sample in samples:
-            lightest = loads.index(min(loads))
-            shares[lightest].append(sample)
-            loads[lightest] += lengths[sample]
-        yield [(share, True) if share else (samples[-1:], False) for share in shares]  # none runs idle
+    start = step * samples_per_step
+    epochs = range(start // num_samples, (start + samples_per_step - 1) // num_samples + 1)
+    orders = [np.random.default_rng((seed, epoch)).permutation(num_samples) for epoch in epochs]
+    return np.concatenate(orders)[start - epochs[0] * num_samples :][:samples_per_step].tolist()
 
 
-def cut(samples, batch_size, max_tokens):
-    """Cut (positions, sample) pairs into micro-batches, the longest first."""
-    micro_batches, room = [], 0
-    for length, sample in sorted(samples, key=lambda pair: -pair[0]):
-        if not micro_batches or len(micro_batches[-1]) == room:
-            micro_batches.append([])
-            room = max(1, max_tokens // length) if max_tokens else batch_size
-        micro_batches[-1].append((length, sample))
-    return micro_batches
+def split_over_ranks(samples: list[int], lengths: list[int], world_size: int) -> list[list[int]]:
+    """Each rank's samples of a step: neighbours by length, of about as many positions as any other rank's.
+
+    `lengths` holds the positions of every entry of the manifest. The longest samples go to rank 0.
+    """
+    ordered = sorted(samples, key=lambda sample: lengths[sample], reverse=True)
+    total, before, rank = sum(lengths[sample] for sample in samples), 0, -1
+    shares = [[] for _ in range(world_size)]
+    for i, sample in enumerate(ordered):
+        balanced = math.floor((before + lengths[sample] / 2) * world_size / total)
+        # No rank is left without a sample: none is skipped, and one remains for each that follows
+        rank = max(world_size - (len(ordered) - i), min(balanced, rank + 1))
+        shares[rank].append(sample)
+        before += lengths[sample]
+    return shares
+
+
+def split_into_micro_batches(lengths: list[int], max_tokens: int | None, batch_size: int) -> list[range]:
+    """The cheapest cut of a rank's samples, the longest first, into micro-batches of neighbours.
+
+    A micro-batch has at most max_tokens positions with padding, or one sample; without max_tokens, it has
+    batch_size samples. By dynamic programming over the first 1, 2, 3, ... samples.
+    """
+    every = range(len(lengths))
+    if not max_tokens:
+        return [every[start : start + batch_size] for start in every[::batch_size]]
+    costs, cuts = [0], [[]]  # the cheapest cut of the first 0, 1, 2, ... samples
+    for end in range(1, len(lengths) + 1):
+        choices = []
+        for start in range(end - 1, -1, -1):
+            positions = (end - start) * lengths[start]
+            if positions > max_tokens and choices:
+                break  # with one more sample it has even more
+            choices.append((costs[start] + max(LOWEST_COST, positions), start))
+        cost, start = min(choices)
+        costs.append(cost)
+        cuts.append([*cuts[start], range(start, end)])
+    return cuts[-1]

@@ -1,8 +1,11 @@
-"""Model: hub names, base, LoRA on the DualFFN, optimizer; checkpoints, metrics, merge.
-python lora.py merge --base_ckpt bosonai/higgs-audio-v2-generation-3B-base --adapter out --output_dir new
+"""Model: names on the hub, the base, LoRA on it, adapters and checkpoints on the disk, merging.
+
+python lora.py merge --base_ckpt bosonai/higgs-audio-v2-generation-3B-base \\
+    --adapter out/checkpoint-100 --output_dir merged
 """
 
 import argparse
+import errno
 import fcntl
 import functools
 import hashlib
@@ -13,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -20,358 +24,342 @@ import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.utils.checkpoint import checkpoint
-from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoTokenizer, PretrainedConfig, get_cosine_schedule_with_warmup
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+from transformers import AutoTokenizer, PretrainedConfig
 
-from dataset import PipelineError, add_up, blaming, refuse
+from dataset import UserError, raise_if_any, user_error
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns of forks, the workers
-# The hub's main is transformers' own format since April 2026; boson_multimodal reads these
-ORIGINALS = {
-    "bosonai/higgs-audio-v2-generation-3B-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
-    "bosonai/higgs-audio-v2-tokenizer": "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns that the DataLoader's workers are forks
+BASE, CODEC = "bosonai/higgs-audio-v2-generation-3B-base", "bosonai/higgs-audio-v2-tokenizer"
+# The last revisions in the format that boson_multimodal reads; the base has had a second name since June 2026
+REVISIONS = {
+    BASE: "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
+    "bosonai/higgs-tts-2-3b-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
+    CODEC: "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
 }
 BASE_FILES, CODEC_FILES = ["*.json", "*.safetensors", "*.txt", "LICENSE*"], ["config.json", "model.pth"]
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
-# Matched against the whole name: suffixes like q_proj would reach audio_tower, too
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TRAINER_STATE = "trainer_state.pt"
+# Matched against the whole name: a suffix like q_proj would reach the Whisper tower, too
 TARGET_MODULES = r"layers\.\d+\.((self_attn|audio_attn)\.[qkvo]_proj|(mlp|audio_mlp)\.(gate|up|down)_proj)"
 
-embed_audio_ids = HiggsAudioModel._embed_audio_ids
 
-
-def embed_audio_ids_in_base_dtype(model, audio_ids):
-    """Upstream's audio embeddings (A, hidden), in the dtype of their table.
-
-    CUDA's autocast sums in float32, the CPU's does not. Upstream writes the sum into a tensor of the
-    base's dtype in place, which raises where that is bfloat16.
-    """
-    return embed_audio_ids(model, audio_ids).to(model.audio_codebook_embeddings.weight.dtype)
-
-
-HiggsAudioModel._embed_audio_ids = embed_audio_ids_in_base_dtype  # training, comparison and engine share it
-
-
-def split_name(name):
-    """(repository, revision) of NAME or NAME@REVISION; (folder, None) of a folder."""
+def split_name(name: str | Path) -> tuple[str, str | None]:
+    """(repository, revision) of NAME or NAME@REVISION on the hub; (folder, None) of a local folder."""
     if os.path.isdir(name):
         return str(name), None
     repository, _, revision = str(name).partition("@")
-    return repository, revision or ORIGINALS.get(repository, "main")
+    return repository, revision or REVISIONS.get(repository, "main")
 
 
-def fetch(flag, name, needed):
-    """The folder that `name` means, downloaded where it is the hub's. PipelineError."""
+def download(flag: str, name: str | Path, patterns: list[str]) -> Path:
+    """The folder that `name` means, downloaded where it is the hub's. Raises UserError."""
     repository, revision = split_name(name)
-    folder = repository
-    if revision:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            huggingface_hub.utils.disable_progress_bars()  # its locks let one of a node download, others wait
-        with blaming(
-            f"{flag} {name}: no such folder, neither cached nor to be had from the hub; where there "
-            f"is a network: huggingface-cli download {repository} --revision {revision}"
-        ):
-            folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=needed)
-    if not os.path.exists(f"{folder}/config.json"):
-        return Path(folder)  # an adapter's
-    with blaming(f"{flag} {name}: its config.json cannot be read"):
+    if revision is None:
+        check_format(flag, Path(repository))
+        return Path(repository)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        huggingface_hub.utils.disable_progress_bars()  # one rank of a node downloads, the others wait for it
+    with user_error(
+        f"{flag} {name}: no such folder, neither cached nor to be had from the hub; where there is a "
+        f"network: huggingface-cli download {repository} --revision {revision}"
+    ):
+        fetch = functools.partial(huggingface_hub.snapshot_download, repository, revision=revision)
+        check_format(flag, Path(fetch(allow_patterns=["config.json"])))  # before 11.5 GB of weights
+        return Path(fetch(allow_patterns=patterns))
+
+
+def check_format(flag: str, folder: Path) -> None:
+    """Raise UserError for a checkpoint in the format of transformers' own port of the model."""
+    if not (folder / "config.json").exists():
+        return  # an adapter
+    with user_error(f"{flag} {folder}: its config.json cannot be read"):
         model_type = str(PretrainedConfig.get_config_dict(folder)[0].get("model_type"))
     if model_type.startswith("higgs_audio_v2"):
-        base, codec = (f"{original}@{revision}" for original, revision in ORIGINALS.items())
-        raise PipelineError(
-            f"{flag} {name} is in transformers' own format ({model_type}), the hub's main "
-            "since April 2026; boson_multimodal cannot read it. The last original is "
-            f"{codec if 'tokenizer' in model_type else base}"
+        original = CODEC if "tokenizer" in model_type else BASE
+        raise UserError(
+            f"{flag} {folder} is in transformers' own format ({model_type}), which the hub's main has "
+            "had since April 2026 and boson_multimodal cannot read. The last original is "
+            f"{original}@{REVISIONS[original]}"
         )
-    return Path(folder)
 
 
-def fingerprint(*files):
-    """sha256 of the files' contents."""
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
-def open_base(folder):
-    """A base checkpoint's (config, text tokenizer). PipelineError where there is none."""
-    with blaming(f"--base_ckpt {folder}: no Higgs Audio checkpoint there"):
+def open_base(folder: Path) -> tuple[HiggsAudioConfig, AutoTokenizer]:
+    """A base's config and text tokenizer. Raises UserError where `folder` holds no Higgs Audio model."""
+    with user_error(f"--base_ckpt {folder}: no Higgs Audio checkpoint there"):
         settings, _ = PretrainedConfig.get_config_dict(folder)
         if settings.get("model_type") != "higgs_audio" or settings.get("encode_whisper_embed"):
-            raise PipelineError(f"{folder} is {settings.get('model_type')}, not higgs_audio without Whisper")
+            seen = settings.get("model_type", "no model")
+            raise UserError(f"--base_ckpt {folder} is {seen}, not higgs_audio without Whisper")
         return HiggsAudioConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def load_base(folder, dtype, device):
-    """The frozen HiggsAudioModel, straight to `device`, never whole in CPU memory."""
-    with blaming(f"--base_ckpt {folder}: its weights cannot be loaded"):
+def base_fingerprint(folder: Path) -> str:
+    """sha256 of the first and the last layer's q_proj, which tells apart two bases of the same shape.
+
+    Hashing all 11.5 GB at each start would take minutes. An adapter keeps this in its args.json.
+    """
+    with user_error(f"--base_ckpt {folder}: its weights cannot be read"):
+        last = HiggsAudioConfig.from_pretrained(folder).text_config.num_hidden_layers - 1
+        digest = hashlib.sha256()
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as weights:
+                for layer in (0, last):
+                    name = f"layers.{layer}.self_attn.q_proj.weight"
+                    if name in set(weights.keys()):
+                        digest.update(weights.get_tensor(name).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+original_embed_audio_ids = HiggsAudioModel._embed_audio_ids
+
+
+def embed_audio_ids(model, audio_ids: torch.Tensor) -> torch.Tensor:
+    """Upstream's embeddings (A, hidden) of audio_ids (num_codebooks, A), in the dtype of their table.
+
+    CUDA's autocast sums in float32, the CPU's does not. Upstream writes the sum into a tensor of the base's
+    dtype, in place, which raises where that is bfloat16.
+    """
+    return original_embed_audio_ids(model, audio_ids).to(model.audio_codebook_embeddings.weight.dtype)
+
+
+HiggsAudioModel._embed_audio_ids = embed_audio_ids  # on the class: for training, comparison and the engine
+
+
+def base_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the frozen base is held and computed in; the adapter's weights are float32 in both."""
+    is_bf16 = precision == "bf16" or (precision == "auto" and torch.device(device).type == "cuda")
+    return torch.bfloat16 if is_bf16 else torch.float32
+
+
+def load_base(folder: Path, dtype: torch.dtype | str, device) -> HiggsAudioModel:
+    """The frozen base, loaded straight to `device`, never whole in CPU memory. Raises UserError."""
+    with user_error(f"--base_ckpt {folder}: its weights cannot be loaded"):
         model, info = HiggsAudioModel.from_pretrained(
             folder, torch_dtype=dtype, device_map={"": device}, output_loading_info=True
         )
     if info["missing_keys"]:  # transformers would go on with random numbers
-        raise PipelineError(f"--base_ckpt {folder} lacks the weights {sorted(info['missing_keys'])[:5]}")
+        raise UserError(f"--base_ckpt {folder} lacks the weights {sorted(info['missing_keys'])[:5]}")
     return model.requires_grad_(False)
 
 
-def base_dtype(precision, device):
-    """What the frozen base is held and computed in; the adapter is float32 in both."""
-    bf16 = precision == "bf16" or (precision == "auto" and torch.device(device).type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
+def find_target_modules(base: HiggsAudioModel) -> list[str]:
+    """Names of the linear layers that LoRA reaches: attention and both FFNs of each layer, 280 as released.
+
+    Raises UserError for a base that lacks some: training would go on without them.
+    """
+    names = [name for name, _ in base.named_modules() if re.fullmatch(TARGET_MODULES, name)]
+    expected = 7 * len(base.layers) + 3 * len(base.config.audio_dual_ffn_layers or [])
+    if len(names) < expected:
+        raise UserError(f"--base_ckpt has {len(names)} linear layers for LoRA, expected {expected}")
+    return names
 
 
-def take_text_head(base):
-    """Take the head out of the forward: it would apply 128,256 columns everywhere."""
-    text_head = base.audio_decoder_proj.text_lm_head
-    base.audio_decoder_proj.text_lm_head = torch.nn.Identity()
-    return text_head
-
-
-def attach(base, r, alpha, dropout, seed):
-    """Wrap `base` in LoRA, drawn from `seed`, in float32; 280 modules as released."""
+def attach_lora(base: HiggsAudioModel, r: int, alpha: int, dropout: float, seed: int) -> PeftModel:
+    """Wrap `base` in a float32 LoRA adapter, drawn from `seed`."""
+    find_target_modules(base)
     torch.manual_seed(seed)
-    return get_peft_model(
-        base,
-        LoraConfig(  # no task type: PEFT would pass `labels` on
-            r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGET_MODULES
-        ),
-    )
+    # Without a task type: with one, PEFT would pass on `labels`, which upstream's forward does not take
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGET_MODULES)
+    return get_peft_model(base, config)
 
 
-def build_model(args, folder, device):
-    """The base in `folder` with LoRA, ready to train: (model, its text head apart)."""
+def build_model(args, folder: Path, device) -> PeftModel:
+    """The base in `folder` with LoRA on it, in training mode, as the flags say."""
     base = load_base(folder, base_dtype(args.precision, device), device)
-    text_head = take_text_head(base)
-    model = attach(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
+    if args.gradient_checkpointing:
+        for layer in base.layers:  # upstream ignores gradient_checkpointing_enable()
+            layer.forward = functools.partial(recompute_in_backward, layer.forward, use_reentrant=False)
+    model = attach_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = split_name(args.base_ckpt)
     for module in model.modules():
-        if isinstance(module, LoraLayer):  # autocast casts for lora_A: no copies
+        if isinstance(module, LoraLayer):  # autocast casts inputs: PEFT's own cast keeps copies of them
             module.cast_input_dtype_enabled = False
-    if args.gradient_checkpointing:
-        for layer in base.layers:  # they ignore transformers' own switch
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    return model.train(), text_head
+    return model.train()
 
 
-def fit_max_tokens(args, config, free):
-    """Positions that fit 3/4 of `free` bytes, by `tests/manual/benchmark.py --count`."""
-    without = 72 if args.lora_dropout else 46  # bytes a position, layer and hidden column
-    kept = 5 if args.gradient_checkpointing else without
-    position = kept * config.text_config.num_hidden_layers * config.text_config.hidden_size
-    return 2 ** int(math.log2(min(0.75 * free / position, 16_384)))
+def fit_max_tokens(args, model, free_bytes: int) -> int:
+    """Positions whose activations fill 3/4 of the memory, a power of two of at most 16,384.
 
-
-def build_optimizer(model, args, total, state):
-    """(parameters, AdamW, cosine schedule) at `state`, with its adapter."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "initial_lr": args.lr}],
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        fused=True,
+    Bytes a position, layer and hidden column, of the released shape: `tests/manual/benchmark.py --count`.
+    """
+    config = model.config.text_config
+    layer = 63.3 if args.lora_dropout else 46.7
+    kept = (
+        layer + 2 * config.num_hidden_layers
+        if args.gradient_checkpointing
+        else layer * config.num_hidden_layers
     )
-    if state["step"]:  # learning rate and weight decay are the command line's
-        set_peft_model_state_dict(model, state["adapter"])
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, int(args.warmup_ratio * total), total, last_epoch=state["step"] - 1
-    )
-    return parameters, optimizer, schedule
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    free_bytes -= 12 * trainable  # gradients and AdamW's two moments, float32
+    positions = 0.75 * free_bytes / ((kept + 7.7) * config.hidden_size)
+    return 2 ** int(math.log2(max(1, min(positions, 16_384))))
 
 
-def update(optimizer, schedule, parameters, max_grad_norm):
-    """Clip and step, if the gradient is finite. Returns its norm, still on the device."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    optimizer.found_inf = (~norm.isfinite()).float()  # GradScaler's, read on the device
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
-    return norm
+def save_lora_adapters(model: PeftModel, folder: Path, args: dict) -> None:
+    """Write the adapter alone, as plain PEFT, and beside it the run's flags and its base in args.json."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)  # safetensors' own is 0600
+    (folder / "args.json").write_text(json.dumps(args, default=str, indent=2))
 
 
-def open_output(output_dir, wanted):
-    """Claim the folder. The checkpoint to resume from, by `wanted`: auto, path, None."""
-    with blaming(f"--output_dir {output_dir} cannot be written, or another run is in it"):
+def open_output(output_dir: Path, wanted: str | None) -> Path | None:
+    """Lock the folder for this run; returns the checkpoint to resume from. wanted: auto, a folder or None.
+
+    Raises UserError where the folder cannot be written, is in use, or holds another run than `wanted`.
+    """
+    with user_error(f"--output_dir {output_dir} cannot be written, or another run is in it"):
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(output_dir / "lock", os.O_CREAT | os.O_RDWR, 0o666)
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-    found, finished = checkpoints(output_dir), (output_dir / ADAPTER_FILES[1]).exists()
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            warnings.warn(f"{output_dir} has no locks: make sure that no other run is in it", stacklevel=2)
+    found = list_checkpoints(output_dir)
     if wanted == "auto" and found:
         return found[-1]
-    newest = wanted and found and found[-1].resolve() == Path(wanted).resolve()
-    if finished or (found and not newest):
-        raise PipelineError(
-            f"--output_dir {output_dir} already holds an adapter or checkpoints; "
-            "choose another, or go on with --resume_from_checkpoint auto"
+    if wanted not in (None, "auto") and not (Path(wanted) / TRAINER_STATE).exists():
+        raise UserError(
+            f"--resume_from_checkpoint {wanted} is no checkpoint; --output_dir has {list(map(str, found))}"
+        )
+    is_newest = wanted and found and found[-1].resolve() == Path(wanted).resolve()
+    if (output_dir / ADAPTER_WEIGHTS).exists() or (found and not is_newest):
+        raise UserError(
+            f"--output_dir {output_dir} already holds an adapter or checkpoints; choose another, or go on "
+            "with --resume_from_checkpoint auto where there is a checkpoint"
         )
     return Path(wanted) if wanted and wanted != "auto" else None
 
 
-def checkpoints(output_dir):
-    """The checkpoint folders in `output_dir`, oldest first."""
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders in `output_dir`, the oldest first."""
     found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name[11:].isdecimal()]
     return sorted(found, key=lambda folder: int(folder.name[11:]))
 
 
-def read_checkpoint(folder, run):
-    """State of a checkpoint, or of the start. PipelineError: damaged, another `run`'s."""
+def read_checkpoint(folder: Path | None, run: dict) -> dict:
+    """The state in a checkpoint: step, run, optimizer, adapter. Without a folder, of a run that begins.
+
+    `run` is what this run must share with the one before. Raises UserError: damaged, or another run's.
+    """
     if folder is None:
-        return {"step": 0, "history": []}
-    with blaming(
-        f"{folder} is damaged, or no checkpoint of this trainer; remove it, and "
-        "--resume_from_checkpoint auto takes the one before"
+        return {"step": 0}
+    with user_error(
+        f"{folder} cannot be read; move it away, and --resume_from_checkpoint auto takes the one before"
     ):
-        state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
-        before = {**state["run"], **{key: state[key] for key in ("step", "optimizer", "history")}}
-        state["adapter"] = load_file(folder / ADAPTER_FILES[1])
-    refuse(
-        f"{folder} belongs to another run",
-        [(key, f"was {before.get(key)}, is {run[key]}") for key in run if before.get(key) != run[key]],
-    )
+        state = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
+        before = {**state["run"], **{key: state[key] for key in ("step", "optimizer")}}
+        state["adapter"] = load_file(folder / ADAPTER_WEIGHTS)
+    if not all(tensor.isfinite().all() for tensor in state["adapter"].values()):
+        raise UserError(
+            f"{folder} holds an adapter that is not finite; move it away, go on with the one before"
+        )
+    changed = [key for key in run if before.get(key) != run[key]]
+    problems = [(key, f"was {before.get(key)}, is {run[key]}") for key in changed]
+    raise_if_any(f"{folder} belongs to another run", problems)
     return state
 
 
-def save_checkpoint(model, optimizer, run, args, history, step):
-    """Write checkpoint-<step> whole or not at all; keep the newest --save_total_limit."""
+def write_through(*paths: Path) -> None:
+    """Have the system write files, or folders' lists of names, to the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def save_checkpoint(model: PeftModel, optimizer, run: dict, args, step: int) -> None:
+    """Write checkpoint-<step> whole or not at all; keep the newest --save_total_limit. Raises UserError."""
     unfinished, whole = args.output_dir / "unfinished", args.output_dir / f"checkpoint-{step}"
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        with blaming(
-            f"{whole} cannot be written; those before it are whole: make room, and go on "
-            "with --resume_from_checkpoint auto"
+        with user_error(
+            f"{whole} cannot be written; those before it are whole: make room, then --resume_from_checkpoint"
         ):
-            model.save_pretrained(str(unfinished), save_embedding_layers=False)
-            make_readable(unfinished)
-            (unfinished / "args.json").write_text(json.dumps(vars(args), default=str, indent=2))
-            torch.save(
-                {"run": run, "step": step, "optimizer": optimizer.state_dict()["state"], "history": history},
-                unfinished / "trainer_state.pt",
-            )
-            os.sync()  # all of it on the disk before it has its name
+            save_lora_adapters(model, unfinished, {**vars(args), "base_fingerprint": run["base_ckpt"]})
+            state = {"run": run, "step": step, "optimizer": optimizer.state_dict()["state"]}
+            torch.save(state, unfinished / TRAINER_STATE)
+            write_through(*unfinished.iterdir(), unfinished)  # on the disk before it has its name
             unfinished.rename(whole)
-            for folder in checkpoints(args.output_dir)[: -args.save_total_limit]:
-                shutil.rmtree(folder)
+            write_through(args.output_dir)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    for folder in list_checkpoints(args.output_dir)[: -args.save_total_limit]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_readable(folder):
-    """Give weights the umask's mode, as other files have: safetensors makes them 0600."""
-    for file in folder.glob("*.safetensors"):
-        shutil.copymode(next(folder.glob("*config.json")), file)
-
-
-def publish(folder, output_dir):
-    """Copy a checkpoint's adapter to the final one's place, each file whole or not."""
-    with blaming(f"the adapter of {folder} cannot be copied; make room, start again"):
-        for name in (*ADAPTER_FILES, "README.md", "args.json"):
+def publish(folder: Path, output_dir: Path) -> None:
+    """Copy a checkpoint's adapter to output_dir; the weights, copied last, mark it as finished."""
+    with user_error(f"the adapter of {folder} cannot be copied; make room, and start again"):
+        for name in ("README.md", "args.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copy(folder / name, output_dir / f"{name}.unfinished")
             os.replace(output_dir / f"{name}.unfinished", output_dir / name)
 
 
-def open_metrics(output_dir, history, step):
-    """TensorBoard's writer; metrics.jsonl becomes `history`: later steps are done again."""
-    with blaming(f"--output_dir {output_dir} cannot be written"):
-        (output_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
-        return SummaryWriter(output_dir / "runs", purge_step=step + 1)
-
-
-def peak_memory():
-    """Bytes at the peak: of the GPU's allocator, without a GPU of this process."""
-    status = Path("/proc/self/status").read_text()
-    return torch.cuda.max_memory_allocated() or int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-
-def summarize(losses, interval, seconds, waited):
-    """`losses` (of the text, then each codebook); speed and memory of an interval."""
-    text_loss, *codebooks = losses
-    audio_loss = sum(codebooks) / len(codebooks)
-    _, samples, positions, padded = add_up(interval)
-    return {
-        "loss": text_loss + audio_loss,
-        "text_loss": text_loss,
-        "audio_loss": audio_loss,
-        "audio_loss_per_codebook": codebooks,
-        "samples_per_s": samples / seconds,
-        "tokens_per_s": positions / seconds,
-        "padding": 1 - positions / padded,
-        "data_wait": waited / seconds,
-        "max_memory_gb": peak_memory() / 1e9,
-    }
-
-
-def log_metrics(output_dir, board, history, metrics):
-    """Add `metrics`, null where not finite, to `history`, metrics.jsonl, TensorBoard."""
-    text = re.sub("-?(NaN|Infinity)", "null", json.dumps(metrics))
-    history.append(json.loads(text))
-    with blaming(f"--output_dir {output_dir} cannot be written"):
-        with open(output_dir / "metrics.jsonl", "a") as stream:
-            stream.write(text + "\n")
-        for name in metrics.keys() - {"step", "audio_loss_per_codebook"}:
-            board.add_scalar(name, metrics[name], metrics["step"])
-        for k, loss in enumerate(metrics["audio_loss_per_codebook"]):
-            board.add_scalar(f"codebook_{k}", loss, metrics["step"])
-        board.flush()
-
-
-def load_adapter(base, name):
-    """`base` with adapter `name` on it. PipelineError: damaged, or another base's."""
-    folder = fetch("--adapter", name, ADAPTER_FILES)
-    with blaming(f"--adapter {name}: no LoRA adapter there, or a damaged one"):
-        tensors = load_file(folder / ADAPTER_FILES[1])
+def load_adapter(base: HiggsAudioModel, name: str, base_id: str) -> PeftModel:
+    """`base` with the adapter `name` on it. Raises UserError where it is damaged or another base's."""
+    folder = download("--adapter", name, [ADAPTER_CONFIG, ADAPTER_WEIGHTS, "args.json"])
+    with user_error(f"--adapter {name}: no LoRA adapter there, or a damaged one"):
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
         model = PeftModel(base, LoraConfig.from_pretrained(folder)).eval()
-    found = {key: tensor.shape for key, tensor in tensors.items()}
-    expected = {key: tensor.shape for key, tensor in get_peft_model_state_dict(model).items()}
-    refuse(
-        f"--adapter {name} does not fit the base",
-        [
-            (key, f"is {found.get(key, 'missing')}, expected {expected.get(key, 'none')}")
-            for key in sorted(found.keys() | expected)
-            if found.get(key) != expected.get(key)
-        ],
-    )
-    refuse(
-        f"--adapter {name} holds numbers that are not finite",
-        [(key, "look at its training") for key, tensor in tensors.items() if not tensor.isfinite().all()],
-    )
+        args = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+    if "base_fingerprint" not in args:
+        warnings.warn(f"--adapter {name} does not say which base it was trained on", stacklevel=2)
+    elif args["base_fingerprint"] != base_id:
+        raise UserError(f"--adapter {name} was trained on another base: {args['base_ckpt']}")
+    expected = get_peft_model_state_dict(model)
+    problems = [(key, "is missing") for key in expected.keys() - tensors.keys()]
+    for key, tensor in tensors.items():
+        if key not in expected or tensor.shape != expected[key].shape:
+            shape = tuple(expected[key].shape) if key in expected else "none"
+            problems.append((key, f"has shape {tuple(tensor.shape)}, expected {shape}"))
+        elif not tensor.isfinite().all():
+            problems.append((key, "holds numbers that are not finite; look at its training"))
+    raise_if_any(f"--adapter {name} does not fit the base", problems)
     set_peft_model_state_dict(model, tensors)
     return model
 
 
-def merge(base_ckpt, adapter, output_dir):
-    """Write base and adapter as one checkpoint like the base's, whole or not at all."""
+def merge(base_ckpt: str, adapter: str, output_dir: Path) -> None:
+    """Write base and adapter as one checkpoint like the base's, whole or not at all. Raises UserError."""
     if output_dir.exists():
-        raise PipelineError(f"--output_dir {output_dir} is there already; choose another")
-    source = fetch("--base_ckpt", base_ckpt, BASE_FILES)
-    model = load_adapter(load_base(source, "auto", "cpu"), adapter).merge_and_unload()
+        raise UserError(f"--output_dir {output_dir} is there already; choose another")
+    source = download("--base_ckpt", base_ckpt, BASE_FILES)
+    open_base(source)
+    base = load_base(source, "auto", "cpu")
+    model = load_adapter(base, adapter, base_fingerprint(source)).merge_and_unload()
     model.config._name_or_path = "" if os.path.isdir(base_ckpt) else split_name(base_ckpt)[0]
     parent = output_dir.absolute().parent
-    with blaming(f"--output_dir {output_dir} cannot be written"):
+    with user_error(f"--output_dir {output_dir} cannot be written"):
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix="unfinished_") as folder:
             merged = Path(folder) / "merged"
             model.save_pretrained(merged)
-            make_readable(merged)
+            for file in merged.glob("*.safetensors"):
+                shutil.copymode(merged / "config.json", file)  # safetensors' own is 0600
             for file in source.iterdir():  # tokenizer, licence and the like
-                weights = file.name.endswith((".safetensors", ".bin", ".pth", ".index.json"))
-                if file.is_file() and not weights and not (merged / file.name).exists():
+                is_weights = file.name.endswith((".safetensors", ".bin", ".pth", ".index.json"))
+                if file.is_file() and not is_weights and not (merged / file.name).exists():
                     shutil.copyfile(file, merged / file.name)
             merged.rename(output_dir)
     print(f"{output_dir}: base and adapter as one; load it as the base")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_subparsers(required=True, metavar="merge").add_parser("merge").add_argument
-    add("--base_ckpt", required=True, help="the base that the adapter was trained on")
-    add("--adapter", required=True, help="trainer.py's --output_dir, or a checkpoint")
-    add("--output_dir", type=Path, required=True, help="a new folder for the whole model")
+    parser.add_argument("command", choices=["merge"], help="make one model of a base and an adapter")
+    parser.add_argument("--base_ckpt", required=True, help="the base that the adapter was trained on")
+    parser.add_argument("--adapter", required=True, help="trainer.py's --output_dir, or a checkpoint in it")
+    parser.add_argument("--output_dir", type=Path, required=True, help="a new folder for the whole model")
+    args = parser.parse_args()
     try:
-        merge(**vars(parser.parse_args()))
-    except PipelineError as error:
+        merge(args.base_ckpt, args.adapter, args.output_dir)
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,339 +1,497 @@
-"""Training: fine-tune Higgs Audio v2 with LoRA, one process per GPU, or without torchrun one:
-    torchrun --nproc_per_node=8 trainer.py --train_manifest train.json --output_dir out \
-        --base_ckpt bosonai/higgs-audio-v2-generation-3B-base \
-        --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05
+"""Fine-tune Higgs Audio v2 with LoRA, one process per GPU; without torchrun, one process in all.
+
+torchrun --nproc_per_node=8 trainer.py --train_manifest train.json --output_dir out \\
+    --base_ckpt bosonai/higgs-audio-v2-generation-3B-base \\
+    --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 --lora_r 16 --lora_alpha 32 --lora_dropout 0.05
 """
 
 import argparse
 import contextlib
+import dataclasses
+import hashlib
+import json
 import math
 import multiprocessing
 import os
+import re
+import resource
+import shutil
 import signal
 import sys
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from peft import set_peft_model_state_dict
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import DataLoader
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
 import dataset
 import lora
-from dataset import PipelineError, blaming
+from dataset import UserError, user_error
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_argument_group("data").add_argument
-    add("--train_manifest", type=Path, required=True, help="ChatML, a JSON array or JSONL")
-    add("--code_cache", type=Path, help="default: code_cache beside the manifest")
-    add("--num_workers", type=int, default=2, help="DataLoader workers of each rank")
-    add = parser.add_argument_group("model: folders, NAMEs or NAME@REVISIONs").add_argument
-    add("--base_ckpt", default="bosonai/higgs-audio-v2-generation-3B-base")
-    add("--audio_tokenizer", default="bosonai/higgs-audio-v2-tokenizer", help="the codec")
-    add("--return_audio_in_tokens", choices=["auto", "true", "false"], default="auto", help="false is deaf")
-    add("--lora_r", type=int, default=16)
-    add("--lora_alpha", type=int, default=32)
-    add("--lora_dropout", type=float, default=0.05)
-    add = parser.add_argument_group("optimization").add_argument
-    add("--batch_size", type=int, default=2, help="samples of a forward, without --max_tokens")
-    add("--max_tokens", type=int, help="its positions (default: what a GPU fits; 0: none)")
-    add("--grad_accum", type=int, default=8, help="x batch_size x ranks: samples of a step")
-    add("--lr", type=float, default=2e-4)
-    add("--epochs", type=int, default=2)
-    add("--max_steps", type=int, help="overrides --epochs")
-    add("--warmup_ratio", type=float, default=0.03)
-    add("--weight_decay", type=float, default=0.0)
-    add("--max_grad_norm", type=float, default=1.0)
-    add("--seed", type=int, default=42)
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on GPU")
-    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", type=Path, required=True)
-    add("--logging_steps", type=int, default=10)
-    add("--save_steps", type=int, help="default: what makes ten checkpoints")
-    add("--save_total_limit", type=int, default=3)
-    add("--resume_from_checkpoint", help="a folder, or auto: the newest, if any")
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show each flag's default, and keep the line breaks of the commands."""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line. A number that makes no run ends the program with exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+
+    def flag(name, kind, default, explanation, **more):
+        parser.add_argument(name, type=kind, default=default, help=explanation, **more)
+
+    flag(
+        "--train_manifest",
+        Path,
+        argparse.SUPPRESS,
+        "the samples: ChatML in a JSON array, or JSONL",
+        required=True,
+    )
+    flag("--output_dir", Path, argparse.SUPPRESS, "gets the adapter, checkpoints and metrics", required=True)
+    flag("--base_ckpt", str, lora.BASE, "the base: a folder, or NAME or NAME@REVISION on the hub")
+    flag("--audio_tokenizer", str, lora.CODEC, "the codec: a folder, or NAME or NAME@REVISION on the hub")
+    flag("--code_cache", Path, None, "folder of the encoded clips (None: code_cache beside the manifest)")
+    heard = "whether a reference in a user or system turn is heard (auto: as the base's config says)"
+    flag("--return_audio_in_tokens", str, "auto", heard, choices=["auto", "false"])
+    flag("--lora_r", int, 16, "rank of the LoRA matrices")
+    flag("--lora_alpha", int, 32, "the adapter's output is scaled by lora_alpha / lora_r")
+    flag("--lora_dropout", float, 0.05, "dropout of the adapter's input")
+    flag("--batch_size", int, 2, "samples of a micro-batch, where max_tokens sets no limit")
+    flag("--grad_accum", int, 8, "times batch_size and ranks: the samples of an optimizer step")
+    flag(
+        "--max_tokens",
+        int,
+        None,
+        "positions of a micro-batch with padding (None: what a GPU fits; 0: no limit)",
+    )
+    flag("--lr", float, 2e-4, "highest learning rate of the cosine schedule")
+    flag("--warmup_ratio", float, 0.03, "share of the steps in which the learning rate rises from 0")
+    flag("--weight_decay", float, 0.0, "AdamW's weight decay")
+    flag("--max_grad_norm", float, 1.0, "the gradient is clipped to this norm (0: never)")
+    flag("--epochs", int, 2, "how often each sample is trained")
+    flag("--max_steps", int, None, "number of optimizer steps (None: as many as --epochs makes)")
+    flag("--seed", int, 42, "of the order of samples, of LoRA's first weights and of dropout")
+    flag("--precision", str, "auto", "of the base (auto: bf16 on a GPU)", choices=["auto", "bf16", "fp32"])
+    layers_twice = "compute each layer twice, to save memory"
+    parser.add_argument("--gradient_checkpointing", action="store_true", help=layers_twice)
+    flag(
+        "--num_workers",
+        int,
+        None,
+        "DataLoader workers a rank (None: half of its share of the cores, 16 at most)",
+    )
+    flag("--logging_steps", int, 10, "steps between two lines of metrics")
+    flag("--save_steps", int, None, "steps between two checkpoints (None: ten checkpoints a run)")
+    flag("--save_total_limit", int, 10, "how many of the newest checkpoints are kept, of 0.5 GB each")
+    flag("--resume_from_checkpoint", str, None, "a checkpoint's folder, or auto: output_dir's newest, if any")
     args = parser.parse_args(argv)
+    if args.num_workers is None:
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.num_workers = min(16, max(1, cores // 2))
+    highest = {"lora_dropout": 1, "warmup_ratio": 1, "lora_r": 4096, "seed": 2**63 - 1, "num_workers": 256}
     for name, value in vars(args).items():
         low = 1 if type(value) is int and name not in ("seed", "num_workers", "max_tokens") else 0
-        high = 1 if name in ("lora_dropout", "warmup_ratio") else math.inf
+        high = highest.get(name, 10**9 if type(value) is int else sys.float_info.max)
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"--{name} is {value}; expected {low} or more, at most {high}")
     return args
 
 
-def join_ranks():
-    """Join the process group, without torchrun of one: (device, rank, world_size)."""
-    device, backend = torch.device("cpu"), "gloo"
+def choose_device() -> torch.device:
+    """This rank's GPU, or the CPU. Raises UserError for a GPU that cannot be used, and for too few GPUs."""
     if torch.cuda.is_available():
+        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if ranks > gpus:
+            raise UserError(f"--nproc_per_node is {ranks}, but this machine has {gpus} GPUs for it")
+        # Micro-batches differ in shape: in segments of fixed size the memory would fall into pieces
+        if "PYTORCH_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        # cuDNN attention makes a plan for each new length, which takes about a second each time
+        torch.backends.cuda.enable_cudnn_sdp(False)
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        # cuDNN attention plans anew for each length of a micro-batch, about a second each time
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        backend = "cpu:gloo,cuda:nccl"  # counts and messages do not wait for the GPU
-    alone = dist.HashStore(), 0, 1
-    store, rank, world_size = next(rendezvous("env://")) if "RANK" in os.environ else alone
-    # On one node torchrun keeps its store through restarts, with the dead ranks' addresses
+        return device
+    wanted = torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+    if wanted and (os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")):
+        raise UserError(
+            f"the NVIDIA driver of this machine is too old for torch {torch.__version__}, or sees no GPU: "
+            "update it to 580 or newer, or install a torch for its CUDA; CUDA_VISIBLE_DEVICES= uses the CPU"
+        )
+    return torch.device("cpu")
+
+
+def describe_device(args, device: torch.device) -> str:
+    """One line on what this run computes with, to be read before anything large is loaded."""
+    card = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    tokens = "automatic" if args.max_tokens is None else args.max_tokens
+    return (
+        f"device: {device} ({card}), base in {lora.base_dtype(args.precision, device)}, max_tokens {tokens}"
+    )
+
+
+def join_ranks(device: torch.device) -> None:
+    """Join torchrun's process group, or make one of a single rank. Raises UserError."""
+    store, rank, world_size = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        with user_error("RANK is set, but not all that torchrun sets; start with torchrun"):
+            store, rank, world_size = next(rendezvous("env://"))
+    # On one node torchrun keeps its store through restarts, and in it the addresses of dead ranks
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=12)
-    )  # others wait while one downloads
-    return device, rank, world_size
+    # With gloo for tensors on the CPU, counts and messages do not wait for the GPU
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(hours=12)  # ranks wait while one of them downloads or encodes
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def on_all_ranks(function, *args, here=True):
-    """Call `function` where `here`; a PipelineError ends all ranks, rank 0 tells."""
-    problem = ""
+def on_all_ranks(function, *args):
+    """Call `function` on every rank; a UserError of any rank is raised on all of them."""
+    result, problem = None, None
     try:
-        result = function(*args) if here else None
-    except PipelineError as error:
+        result = function(*args)
+    except UserError as error:
         problem = str(error)
     problems = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     if any(problems):
-        told = "\n".join(dict.fromkeys(filter(None, problems)))
-        raise PipelineError(told if dist.get_rank() == 0 else "")
+        raise UserError("\n".join(dict.fromkeys(filter(None, problems))))
     return result
 
 
 def on_rank_0(function, *args):
-    """Call `function` on rank 0: all ranks get its result, or its PipelineError."""
-    result = [on_all_ranks(function, *args, here=dist.get_rank() == 0)]
-    dist.broadcast_object_list(result)
-    return result[0]
+    """Call `function` on rank 0; all ranks get its result, or its UserError."""
+    results = [on_all_ranks(function if dist.get_rank() == 0 else lambda *_: None, *args)]
+    dist.broadcast_object_list(results)
+    return results[0]
 
 
-def open_inputs(args, device):
-    """Open and check all that a user can get wrong, before anything is loaded."""
+def open_inputs(args, device: torch.device) -> tuple[dataset.StepDataset, Path, Path, dict]:
+    """Open and check all that a user can get wrong, before anything large is loaded. Raises UserError.
+
+    Returns the data, the folders of base and codec, and what a run shares with one that it resumes.
+    """
     entries = dataset.load_manifest(args.train_manifest)
-    base = lora.fetch("--base_ckpt", args.base_ckpt, lora.BASE_FILES)
-    codec = lora.fetch("--audio_tokenizer", args.audio_tokenizer, lora.CODEC_FILES)
+    base = lora.download("--base_ckpt", args.base_ckpt, lora.BASE_FILES)
+    codec = lora.download("--audio_tokenizer", args.audio_tokenizer, lora.CODEC_FILES)
     config, tokenizer = lora.open_base(base)
     collator = dataset.build_collator(entries, config, args.return_audio_in_tokens)
-    with blaming(f"--audio_tokenizer {codec}: no codec there"):
-        weights = lora.fingerprint(codec / "config.json", codec / "model.pth")
-    run = {
-        "base_ckpt": lora.fingerprint(base / "config.json", *base.glob("*.safetensors")),
-        "audio_tokenizer": weights,
-        "train_manifest": lora.fingerprint(args.train_manifest),
-        "lora_r": args.lora_r,
-        "lora_alpha": args.lora_alpha,
-        "seed": args.seed,
-    }
+    codec_id = dataset.codec_fingerprint(codec)
     cache = args.code_cache or args.train_manifest.parent / "code_cache"
-    with blaming(f"--code_cache {cache} cannot be made"):
-        cache.mkdir(parents=True, exist_ok=True)
-    clips = dataset.find_clips(entries, cache, f"{weights} {device.type}")
-    data = dataset.StepDataset(entries, clips, tokenizer, collator, args.batch_size, args.max_tokens)
-    return SimpleNamespace(data=data, base=base, codec=codec, run=run)
+    files = dataset.code_files(entries, cache, f"{codec_id} {device.type}")
+    data = dataset.StepDataset(entries, files, tokenizer, collator, args.batch_size, args.max_tokens)
+    names = "lora_r", "lora_alpha", "lora_dropout", "seed"
+    run = {name: getattr(args, name) for name in names} | {
+        "train_manifest": hashlib.sha256(args.train_manifest.read_bytes()).hexdigest(),
+        "base_ckpt": lora.base_fingerprint(base),
+        "audio_tokenizer": codec_id,
+        "precision": str(lora.base_dtype(args.precision, device)),
+        "return_audio_in_tokens": collator.return_audio_in_tokens,
+    }
+    return data, base, codec, run
 
 
-def encode_missing(inputs, device):
-    """Encode the clips that the cache lacks, each on one rank. Collective."""
-    missing = on_rank_0(dataset.find_missing, inputs.data.clips)
+def encode_missing(data, codec: Path, device: torch.device, num_workers: int) -> None:
+    """Encode the clips that the cache lacks, each on one rank. All ranks must call it. Raises UserError."""
+    missing = on_rank_0(dataset.find_missing, data.code_files)
     if missing:
-        codec = on_all_ranks(dataset.load_codec, inputs.codec, device)
-        mine = missing[dist.get_rank() :: dist.get_world_size()]  # by size: equal shares
-        on_all_ranks(dataset.encode_clips, mine, inputs.data.entries, codec, dist.get_rank() == 0)
+        on_rank_0(dataset.check_cache, missing[0][1].parent)
+        model = on_all_ranks(dataset.load_codec, codec, device)
+        rank = dist.get_rank()
+        mine = missing[rank :: dist.get_world_size()]  # sorted by size: equal shares
+        on_all_ranks(dataset.encode_clips, mine, data.entries, model, num_workers, rank == 0)
 
 
-def rehearse(args, model, text_head, data, lengths):
-    """Run the largest micro-batch: out of memory shows now. Returns its Counts.
+class LossModel(torch.nn.Module):
+    """A base or PEFT model, and its text head: gives the losses of a micro-batch. DDP wraps it.
 
-    Twice: DDP's second forward lays out its buckets anew. Later, ranks would hang, resumed runs differ.
+    Inside the base the head would compute 128,256 columns at each position, though few have a text label.
     """
-    if data.max_tokens is None and text_head.weight.is_cuda:
-        torch.cuda.empty_cache()  # of the codec
-        data.max_tokens = lora.fit_max_tokens(args, model.module.config, torch.cuda.mem_get_info()[0])
-    samples = dataset.cut(zip(lengths, range(len(lengths)), strict=True), data.batch_size, data.max_tokens)
-    largest = [i for _, i in max(samples, key=lambda samples: len(samples) * samples[0][0])]
-    batch, counts = max(data[largest, True], key=lambda micro_batch: micro_batch[1].padded_positions)
-    for _ in range(2):
-        compute_gradients(model, text_head, [(batch, counts)], counts)
-    model.zero_grad()
-    return counts
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model, self.text_head = model, model.audio_decoder_proj.text_lm_head
+        model.audio_decoder_proj.text_lm_head = torch.nn.Identity()  # `logits` are then hidden states
+
+    def forward(self, batch: dict, num_text_labels: int) -> torch.Tensor:
+        """Loss sums of a micro-batch, as in sum_losses. A bfloat16 base computes the adapter in bfloat16."""
+        weight = self.text_head.weight
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16):
+            outputs = self.model(**batch)
+        return self.sum_losses(outputs, batch["label_audio_ids"], num_text_labels)
+
+    def sum_losses(self, outputs, label_audio_ids: torch.Tensor, num_text_labels: int) -> torch.Tensor:
+        """Summed cross entropies, float32 (1 + num_codebooks,): of the text, then of each codebook.
+
+        Position t of the logits predicts label t + 1: HiggsAudioModel.forward aligns them. The first
+        column of each clip is all -100, so the shift never predicts one clip from another.
+        """
+
+        def text_loss(hidden, labels):
+            return F.cross_entropy(self.text_head(hidden).float(), labels, reduction="sum")
+
+        labels = outputs.expanded_labels[:, 1:].flatten()  # (B * (T - 1),)
+        # nonzero() would make the CPU wait for the GPU, to learn a number that is known
+        positions = (labels != -100).nonzero_static(size=num_text_labels).squeeze(1)  # (text labels,)
+        hidden = outputs.logits[:, :-1].flatten(0, 1)[positions]  # (text labels, hidden)
+        # A label's logits take 2 MB: 512 labels at a time, and again in the backward pass
+        chunks = zip(hidden.split(512), labels[positions].split(512), strict=True)
+        text_loss = sum(recompute_in_backward(text_loss, *c, use_reentrant=False) for c in chunks)
+        logits = outputs.audio_logits[:-1]  # (A - 1, num_codebooks, codebook_size + 2)
+        labels = label_audio_ids[:, 1:].T.reshape(logits.shape[:2])  # (A - 1, num_codebooks)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        return torch.cat([text_loss[None], losses.view(labels.shape).sum(0)])
 
 
-def count_all(micro_batches, stop):
-    """(Counts over all ranks, whether one is to `stop`), by one all_reduce on the CPU."""
-    labels, *others = dataset.add_up(counts for _, counts in micro_batches)
-    packed = torch.cat([labels, torch.tensor([*others, stop])])
-    dist.all_reduce(packed)
-    *others, stops = packed[len(labels) :].tolist()
-    return dataset.Counts(packed[: len(labels)], *others), stops > 0
+def compute_gradients(model, micro_batches: list, label_counts: torch.Tensor, device) -> torch.Tensor:
+    """Add up an optimizer step's gradients; DDP averages them over ranks in the last backward pass.
 
-
-def compute_gradients(model, text_head, micro_batches, counts):
-    """A step's gradients, averaged in its last backward; returns own loss sums."""
-    weights = dist.get_world_size() / counts.labels.clamp(min=1)  # DDP averages: undo it
-    weights[1:] /= len(weights) - 1  # the mean over codebooks
-    weights = weights.to(text_head.weight.device, non_blocking=True)
+    label_counts (1 + num_codebooks,) are of all ranks and micro-batches. Returns own loss sums, as long.
+    """
+    weights = dist.get_world_size() / label_counts.clamp(min=1)  # world_size undoes DDP's average
+    weights[1:] /= len(label_counts) - 1  # the audio loss is the mean over codebooks
+    weights = weights.to(device)
     sums = torch.zeros_like(weights)
-    for i, (batch, own) in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last else model.no_sync():
-            losses = forward(model, text_head, batch, own)
-            loss = (losses * weights).sum()
-            # If not finite, it makes gradients so on all ranks: none applies them
-            loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))
+    for i, (batch, counts) in enumerate(micro_batches):
+        is_last = i == len(micro_batches) - 1
+        with contextlib.nullcontext() if is_last else model.no_sync():
+            losses = model(dataset.to_tensors(batch, device), int(counts[0]))
+            (losses * weights).sum().backward()
         sums += losses.detach()
     return sums
 
 
-def forward(model, text_head, batch, counts):
-    """Loss sums of a micro-batch; a bfloat16 base computes the adapter in bfloat16."""
-    device, bf16 = text_head.weight.device, text_head.weight.dtype == torch.bfloat16
-    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        outputs = model(**batch)
-    return loss_sums(outputs, batch, counts, text_head)
+def choose_max_tokens(args, model, state: dict, device: torch.device) -> int:
+    """Padded positions of a micro-batch: the flag's, the resumed run's, or what each rank's GPU fits."""
+    if args.max_tokens is not None:
+        return args.max_tokens
+    if state["step"]:
+        return state["run"]["max_tokens"]  # with other micro-batches dropout would differ
+    if device.type == "cpu":
+        return 0
+    torch.cuda.empty_cache()  # of the codec
+    fitting = torch.tensor(lora.fit_max_tokens(args, model, torch.cuda.mem_get_info()[0]))
+    dist.all_reduce(fitting, dist.ReduceOp.MIN)
+    return int(fitting)
 
 
-def loss_sums(outputs, batch, counts, text_head):
-    """Summed cross entropies, float32 (1 + num_codebooks,): the text's, each codebook's.
+def run_largest(model, optimizer, data: dataset.StepDataset, lengths: list[int], device) -> tuple:
+    """Run the largest micro-batch twice, without an update, so that memory does not run out later.
 
-    Position t of the logits predicts label t + 1: HiggsAudioModel.forward aligns them. A clip's
-    first column is all -100: no shift crosses clips. The text labels' number is known: no sync.
+    DDP lays out its buckets anew after the first backward pass, which changes the order of its sums: after
+    two, a resumed run has the order of one that never stopped. Returns the micro-batch.
     """
-    labels = outputs.expanded_labels[:, 1:].flatten()  # (B * (T - 1),)
-    selected = (labels != -100).nonzero_static(size=int(counts.labels[0])).squeeze(1)  # (text labels,)
-    hidden = outputs.logits[:, :-1].flatten(0, 1)[selected]  # (text labels, hidden)
-    text_sum = F.cross_entropy(text_head(hidden).float(), labels[selected], reduction="sum")
-    logits = outputs.audio_logits[:-1]  # (A - 1, num_codebooks, codebook_size + 2)
-    labels = batch["label_audio_ids"][:, 1:].T.reshape(logits.shape[:2])  # (A - 1, num_codebooks)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-    return torch.cat([text_sum[None], losses.view(labels.shape).sum(0)])
+    order, limit = sorted(range(len(lengths)), key=lambda i: -lengths[i]), data.max_tokens
+    sizes = [max(1, limit // lengths[i]) if limit else data.batch_size for i in order]
+    padded = [lengths[i] * min(sizes[k], len(order) - k) for k, i in enumerate(order)]
+    k = padded.index(max(padded))
+    # `lengths` are estimates: of twice as many samples, take by their true lengths what fits
+    group = sorted(((data.load_sample(i)[0], i) for i in order[k : k + 2 * sizes[k]]), reverse=True)
+    size = max(1, limit // group[0][0]) if limit else data.batch_size
+    uncut = dataclasses.replace(data, max_tokens=0, batch_size=size)
+    [(batch, counts)] = uncut[[i for _, i in group[:size]]]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # AdamW's first step makes two moments, which a resumed run has already
+    moments = [] if optimizer.state else [torch.empty_like(parameter) for parameter in trainable * 2]
+    for _ in range(2):
+        compute_gradients(model, [(batch, counts)], torch.from_numpy(counts[:-2]), device)
+    del moments
+    model.zero_grad()
+    return batch, counts
 
 
-def catch_signals():
-    """A list of the times of Ctrl-C and SIGTERM; one after 2 s ends at once."""
-    times = []
-
-    def note(number, _):
-        times.append(time.monotonic())
-        if times[-1] - times[0] > 2:  # sooner, torchrun passed on the first
-            os._exit(128 + number)
-
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
-    return times
+def build_optimizer(model, args, total_steps: int, state: dict):
+    """AdamW over the adapter, and its cosine schedule, both as `state` left them."""
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "initial_lr": args.lr}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    if state["step"]:
+        set_peft_model_state_dict(model, state["adapter"])
+        groups = optimizer.state_dict()["param_groups"]  # learning rate, weight decay: the command line's
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+    warmup_steps, last = int(args.warmup_ratio * total_steps), state["step"] - 1
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps, last_epoch=last)
 
 
-def ignore_signals(_):
-    """In a DataLoader worker: signals reach the whole group; the main process decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def open_metrics(output_dir: Path, step: int) -> SummaryWriter:
+    """TensorBoard's writer. metrics.jsonl keeps its lines up to `step`: later steps are done again."""
+    file, kept = output_dir / "metrics.jsonl", []
+    with user_error(f"--output_dir {output_dir} cannot be written"):
+        for line in file.read_text().splitlines() if file.exists() else []:
+            with contextlib.suppress(ValueError):  # a kill can cut the last line off
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+        file.with_suffix(".unfinished").write_text("".join(kept))
+        file.with_suffix(".unfinished").replace(file)
+        return SummaryWriter(output_dir / "runs", purge_step=step + 1)
 
 
-def main(args):
-    device, rank, world_size = join_ranks()
+def log_metrics(output_dir: Path, board: SummaryWriter, metrics: dict) -> None:
+    """Add a line to metrics.jsonl, with null for a number that is not finite, and points to TensorBoard."""
+    text = re.sub("-?(NaN|Infinity)", "null", json.dumps(metrics))
+    curves = metrics | {f"codebook_{k}": loss for k, loss in enumerate(metrics["audio_loss_per_codebook"])}
+    with user_error(f"--output_dir {output_dir} cannot be written"):
+        with open(output_dir / "metrics.jsonl", "a") as stream:
+            stream.write(text + "\n")
+        for name in curves.keys() - {"step", "audio_loss_per_codebook"}:
+            board.add_scalar(name, curves[name], metrics["step"])
+        board.flush()
+
+
+def peak_memory() -> float:
+    """Gigabytes at the peak: of the GPU's allocator, without a GPU of this process."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident) / 1e9
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train on all ranks; rank 0 writes the adapter, checkpoints and metrics to args.output_dir."""
+    device = choose_device()
+    join_ranks(device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     checkpoint = on_rank_0(lora.open_output, args.output_dir, args.resume_from_checkpoint)
-    inputs = on_all_ranks(open_inputs, args, device)
-    data = inputs.data
-    samples_per_step = args.batch_size * args.grad_accum * world_size
-    steps_per_epoch = math.ceil(len(data.entries) / samples_per_step)
-    total = args.max_steps or args.epochs * steps_per_epoch
-    save_steps = args.save_steps or math.ceil(total / 10)
-    run = {**inputs.run, "samples_per_step": samples_per_step}
+    on_rank_0(print, describe_device(args, device))
+    data, base, codec, run = on_all_ranks(open_inputs, args, device)
+    run["samples_per_step"] = args.batch_size * args.grad_accum * world_size
     state = on_all_ranks(lora.read_checkpoint, checkpoint, run)
-    first, history = state["step"], state["history"]
-    if first >= total:
-        on_rank_0(lora.publish, checkpoint, args.output_dir)  # a kill may have come first
-        return on_rank_0(print, f"finished before: {first} steps, the adapter is in {args.output_dir}")
-
-    encode_missing(inputs, device)
-    lengths = on_all_ranks(dataset.measure, data)
-    model, text_head = on_all_ranks(lora.build_model, args, inputs.base, device)
-    parameters, optimizer, schedule = lora.build_optimizer(model, args, total, state)
-    # All ranks drew the same adapter: init_sync would send the whole frozen base
-    model = DDP(model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
-    rehearse(args, model, text_head, data, lengths)
-
-    plan = lengths, samples_per_step, args.seed, world_size
-    steps = dataset.deal_steps(*plan, range(first, total))
-    loader = DataLoader(
-        data,
-        batch_size=None,
-        sampler=(shares[rank] for shares in steps),
-        num_workers=args.num_workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda",
+    encode_missing(data, codec, device, args.num_workers)
+    lengths = on_all_ranks(dataset.estimate_lengths, data)
+    adapter = on_all_ranks(lora.build_model, args, base, device)
+    data.max_tokens = run["max_tokens"] = choose_max_tokens(args, adapter, state, device)
+    on_rank_0(
+        print, f"max_tokens: {data.max_tokens} padded positions a micro-batch (0: --batch_size samples)"
     )
-    board = lora.open_metrics(args.output_dir, history, first) if rank == 0 else None
-    batches, signals = iter(loader), catch_signals()
-    began, waited, interval, skipped, reported = time.perf_counter(), 0.0, [], 0, 0
-    bar = tqdm(range(first + 1, total + 1), "training", initial=first, total=total, disable=rank > 0)
+
+    total_steps = args.max_steps or math.ceil(args.epochs * len(lengths) / run["samples_per_step"])
+    save_steps = args.save_steps or math.ceil(total_steps / 10)
+    optimizer, schedule = build_optimizer(adapter, args, total_steps, state)
+    # All ranks drew the same adapter: init_sync would send the whole frozen base
+    model = DDP(LossModel(adapter), broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+    run_largest(model, optimizer, data, lengths, device)
+    _set_pg_timeout(timedelta(minutes=15))  # a rank that is waited for longer from here on hangs
+
+    def load_step(step):  # in a worker
+        samples = dataset.samples_of_step(step, len(lengths), run["samples_per_step"], args.seed)
+        return data[dataset.split_over_ranks(samples, lengths, world_size)[rank]]
+
+    steps = dataset.in_workers(load_step, range(state["step"], total_steps), args.num_workers)
+    board = on_all_ranks(open_metrics if rank == 0 else lambda *_: None, args.output_dir, state["step"])
+    stop = []  # a lock, as threading.Event has, could wait for itself in a second signal
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # Slurm can send the last before its end
+        signal.signal(number, lambda *_: stop.append(True))
+    began, waited, positions, logged_step = time.perf_counter(), 0.0, 0, state["step"]
+    skipped = skipped_in_a_row = 0
+    bar = tqdm(
+        range(state["step"] + 1, total_steps + 1),
+        "training",
+        initial=state["step"],
+        total=total_steps,
+        disable=rank > 0,
+    )
     for step in bar:
         waited -= time.perf_counter()
-        micro_batches = next(batches)
+        micro_batches = on_all_ranks(next, steps)
         waited += time.perf_counter()
-        # Dropout follows from these and the cut: no generator to save, resuming is exact
-        torch.manual_seed(hash((args.seed, step, rank)))  # of integers: not random
-        counts, stop = count_all(micro_batches, len(signals) > 0)
-        sums = compute_gradients(model, text_head, micro_batches, counts)
-        norm = lora.update(optimizer, schedule, parameters, args.max_grad_norm)
-        interval.append(counts)
-        skipped = skipped + ~norm.isfinite()
-        if step % args.logging_steps == 0 or step == total:
+        # Dropout follows from these and the micro-batches: a resumed run draws the same
+        torch.manual_seed(hash((args.seed, step, rank)))  # of integers, hash() is the same everywhere
+        counts = torch.tensor([*sum(counts for _, counts in micro_batches), bool(stop)])
+        dist.all_reduce(counts)  # label counts, positions without and with padding, ranks asked to stop
+        label_counts, positions = counts[:-3], positions + counts[-3:-1]
+        is_last = step == total_steps
+        sums = compute_gradients(model, micro_batches, label_counts, device)
+        grad_norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), args.max_grad_norm or math.inf)
+        if grad_norm.isfinite():
+            optimizer.step()
+            skipped_in_a_row = 0
+        else:
+            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+        optimizer.zero_grad()
+        schedule.step()
+        gives_up = skipped_in_a_row == min(10, total_steps - state["step"])
+        if step % args.logging_steps == 0 or is_last or gives_up:
             dist.all_reduce(sums)
-            losses = (sums.cpu() / counts.labels.clamp(min=1)).tolist()  # CPU-GPU sync point
-            metrics = lora.summarize(losses, interval, time.perf_counter() - began, waited) | {
+            text_loss, *codebooks = (sums.cpu() / label_counts.clamp(min=1)).tolist()
+            audio_loss, seconds = sum(codebooks) / len(codebooks), time.perf_counter() - began
+            metrics = {
                 "step": step,
-                "epoch": step / steps_per_epoch,
+                "epoch": step * run["samples_per_step"] / len(lengths),
+                "loss": text_loss + audio_loss,
+                "text_loss": text_loss,
+                "audio_loss": audio_loss,
+                "audio_loss_per_codebook": codebooks,
                 "lr": schedule.get_last_lr()[0],
-                "grad_norm": norm.item(),
-                "skipped_steps": int(skipped),
+                "grad_norm": grad_norm.item(),
+                "skipped_steps": skipped,
+                "samples_per_s": (step - logged_step) * run["samples_per_step"] / seconds,
+                "tokens_per_s": positions[0].item() / seconds,
+                "padding": 1 - (positions[0] / positions[1]).item(),
+                "data_wait": waited / seconds,
+                "max_memory_gb": peak_memory(),
             }
-            on_rank_0(lora.log_metrics, args.output_dir, board, history, metrics)
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-            if metrics["skipped_steps"] - reported == len(interval):  # not one was applied
-                shares = next(dataset.deal_steps(*plan, range(step - 1, step)))
-                on_all_ranks(
-                    dataset.refuse,
-                    "loss or gradient not finite; lower --lr, or look at",
-                    [(f"step {step}", f"entries {[indices for indices, _ in shares]}")],
-                )
-            began, waited, interval, reported = time.perf_counter(), 0.0, [], metrics["skipped_steps"]
-        if stop or step == total or (step % save_steps == 0 and norm.isfinite()):
-            on_rank_0(lora.save_checkpoint, model.module, optimizer, run, args, history, step)
-        if stop and step < total:
-            return on_rank_0(print, f"stopped at step {step}; --resume_from_checkpoint auto goes on")
-    on_rank_0(lora.publish, args.output_dir / f"checkpoint-{total}", args.output_dir)
-    on_rank_0(print, f"done: {total} steps, the adapter is in {args.output_dir}")
+            on_rank_0(log_metrics, args.output_dir, board, metrics)
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", samples_per_s=f"{metrics['samples_per_s']:.1f}")
+            began, waited, positions, logged_step = time.perf_counter(), 0.0, 0, step
+        if gives_up:
+            samples = dataset.samples_of_step(step - 1, len(lengths), run["samples_per_step"], args.seed)
+            raise UserError(
+                f"loss or gradient not finite up to step {step}: lower --lr, or look at its entries "
+                f"{samples}; this run began from {checkpoint or 'the start'}"
+            )
+        stops = counts[-1] > 0
+        if stops or is_last or (step % save_steps == 0 and grad_norm.isfinite()):
+            on_rank_0(lora.save_checkpoint, adapter, optimizer, run, args, step)
+        if stops and not is_last:
+            return on_rank_0(
+                print, f"\nstopped at step {step}: all is saved; --resume_from_checkpoint auto goes on"
+            )
+    last = max(total_steps, state["step"])
+    folder = args.output_dir / f"checkpoint-{last}" if last > state["step"] else checkpoint
+    on_rank_0(lora.publish, folder, args.output_dir)
+    on_rank_0(print, f"\ndone: {last} steps, the adapter is in {args.output_dir}")
 
 
-def leave(code):
-    """End now: Python's way out waits for workers, and gloo's threads can abort in it."""
+def run_and_exit(function, *args) -> None:
+    """Call function(*args) and end this process: exit code 1 and a message on rank 0 for a user's mistake.
+
+    Python's own way out would wait for DataLoader workers, and gloo's threads can abort in it.
+    """
+    exit_code, message = 1, None
+    sys.stdout.reconfigure(line_buffering=True)  # a pipe, too, has each line at once
+    try:
+        function(*args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        exit_code = 0
+    except UserError as error:  # all ranks raise it, one tells it
+        rank = "RANK" if dist.is_initialized() else "LOCAL_RANK"
+        message = str(error) if os.environ.get(rank, "0") == "0" else None
+    except torch.OutOfMemoryError as error:
+        message = f"{error}; try --gradient_checkpointing, smaller --batch_size or --max_tokens"
+    except KeyboardInterrupt:
+        message = "interrupted"
+    except Exception as error:
+        if str(error).startswith("DataLoader "):
+            message = f"{error}: memory or a disk may be at fault; --num_workers 0 tells more"
+        else:
+            traceback.print_exc()
+    if message:
+        print(f"\nerror: {message}", file=sys.stderr)
     for worker in multiprocessing.active_children():
-        worker.kill()  # they ignore SIGTERM
+        worker.kill()  # it ignores SIGTERM
     sys.stdout.flush()
-    os._exit(code)
-
-
-def fail(kind, error, trace):
-    """sys.excepthook. No destroy_process_group(): other ranks may be in a collective."""
-    sys.stderr = sys.__stderr__  # torch.distributed calls this hook with a buffer there
-    told = str(error).rpartition("PipelineError: ")[2]  # of a worker's traceback
-    if kind is torch.OutOfMemoryError:
-        told += "; try --gradient_checkpointing, smaller --batch_size or --max_tokens"
-    if not issubclass(kind, (PipelineError, KeyboardInterrupt, torch.OutOfMemoryError)):
-        sys.__excepthook__(kind, error, trace)
-    elif told:
-        print(f"error: {told}", file=sys.stderr, flush=True)
-    leave(1)
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 if __name__ == "__main__":
-    sys.excepthook = fail
-    main(parse_args())
-    dist.destroy_process_group()
-    leave(0)
+    run_and_exit(train, parse_args())

@@ -1,18 +1,19 @@
-"""Validation: prove the pipeline on this machine, look at your data, compare adapters.
+"""Validation: prove the pipeline on this machine, look at your data before you pay, compare adapters.
 
 python validate_pipeline.py               train a tiny random model, check it all: no GPU, no network
 python validate_pipeline.py --keep DIR    the same; checkpoint, clips and manifest stay in DIR
-python validate_pipeline.py --train_manifest M --base_ckpt B [any other option of trainer.py]
+python validate_pipeline.py --train_manifest M --base_ckpt B [any other flag of trainer.py]
                                           preflight: what M holds, what is suspicious or too large
 python validate_pipeline.py --train_manifest M --base_ckpt B --adapter O [O/checkpoint-N ...]
-                                          losses of base and adapters, wav files of the first entry
+                                          losses of base and adapters on M, and a page to hear them
 """
 
 import argparse
-import math
-import sys
+import html
+import re
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import librosa
 import numpy as np
@@ -21,26 +22,31 @@ import soundfile
 import torch
 from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
 from loguru import logger
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import dataset
 import lora
 import trainer
-from dataset import PipelineError
+from dataset import UserError
 from tests import acceptance
 
 FRAME_RATE = 25  # of the codec, 1/s
 SAMPLE_RATE = 24_000  # of the codec, 1/s
+# What is not of a text: lost characters, control characters, HTML, UTF-8 that was read as Latin-1
+ODD_TEXT = re.compile(r"\ufffd|[\x00-\x08\x0b-\x1f]|&(?:#\d+|[a-z]+);|[\xc3\xd8\xd9][\x80-\xbf]")
+REPLIES = {  # kinds of replies, and what an engine must do for them
+    "clip first": "any engine speaks them",
+    "text, then clip": "give an engine that speaks at once the text first, or it is silently wrong (README)",
+    "text only": "train no voice",
+}
 
 
-def tell(name, text):
-    """One line of the report."""
+def report(name: str, text) -> None:
     print(f"{name:<11} {text}", flush=True)
 
 
-def in_words(seconds):
+def format_seconds(seconds: float) -> str:
     """A time in the unit that suits it."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= size:
@@ -48,130 +54,100 @@ def in_words(seconds):
     return f"{seconds:.1f} seconds"
 
 
-def split_clips(entry):
-    """(its references, [(clips of a trained turn, the text it answers), ...])."""
+def split_clips(entry: dict) -> tuple[list[str], list[tuple[list[str], str, str]]]:
+    """(paths of its references, [(paths of a trained turn, the text before it, its own text), ...])."""
     references, targets, said = [], [], ""
     for i, turn in enumerate(entry["messages"]):
         paths = [path for _, path in dataset.clips_of({"messages": [turn]})]
-        text = " ".join(part["text"] for part in turn["content"] if "text" in part)
+        text = " ".join(part["text"] for part in turn["content"] if part["type"] == "text")
         if turn["role"] == "assistant" and i >= (entry.get("start_index") or 0):
-            targets.append((paths, f"{said} {text}".strip()))
+            targets.append((paths, said, text))
         else:
             references += paths
             said = text
     return references, targets
 
 
-def describe_data(entries, frames):
-    """Entries, clips and their total length."""
-    masked = sum(1 for entry in entries if entry.get("start_index"))
-    tell("entries", f"{len(entries):,} ({masked:,} with a start_index), {len(frames):,} distinct clips")
-    references, targets = set(), set()
-    for entry in entries:
-        cited, answers = split_clips(entry)
-        references.update(cited)
-        for paths, _ in answers:
-            targets.update(paths)
-    for name, paths in (("references", references), ("targets", targets)):
+def describe_data(data: dataset.StepDataset, frames: dict[str, int]) -> None:
+    """Report entries, clips and hours, the kinds of replies, and whether references are heard."""
+    masked = sum(1 for entry in data.entries if entry.get("start_index"))
+    report(
+        "entries", f"{len(data.entries):,} ({masked:,} with a start_index), {len(frames):,} distinct clips"
+    )
+    clips, kinds, heard = {"references": set(), "targets": set()}, dict.fromkeys(REPLIES, 0), set()
+    for entry in data.entries:
+        references, targets = split_clips(entry)
+        clips["references"].update(references)
+        heard |= {role for role, path in dataset.clips_of(entry) if path in references}
+        for turn in entry["messages"][entry.get("start_index") or 0 :]:
+            if turn["role"] == "assistant":
+                types = [part["type"] for part in turn["content"]]
+                kind = "text, then clip" if types[0] == "text" else "clip first"
+                kinds[kind if "audio" in types else "text only"] += 1
+        for paths, _, _ in targets:
+            clips["targets"].update(paths)
+    for name, paths in clips.items():
         seconds = sum(frames[path] for path in paths) / FRAME_RATE
-        tell(name, f"{in_words(seconds)} in {len(paths):,} distinct clips")
+        report(name, f"{format_seconds(seconds)} in {len(paths):,} distinct clips")
+    for kind, number in kinds.items():
+        if number:
+            report("replies", f"{number:,} of {kind}: {REPLIES[kind]}")
+    unheard = heard - {"assistant"} and not data.collator.return_audio_in_tokens
+    told = f"{'NOT heard' if unheard else 'heard'}, in turns of: {', '.join(sorted(heard))}"
+    report("reference", told if heard else "there is none")
 
 
-def describe_reference(data):
-    """By which ways the first reference reaches the model."""
-    cited = [i for i, entry in enumerate(data.entries) if split_clips(entry)[0]]
-    if not cited:
-        tell("reference", "there is none")
-        return
-    references, _ = split_clips(data.entries[cited[0]])
-    roles = {role for role, path in dataset.clips_of(data.entries[cited[0]]) if path in references}
-    ways = []
-    if roles & {"user", "system"} and data.collator.return_audio_in_tokens:
-        ways.append("as codes")
-    if "assistant" in roles:
-        ways.append("as an earlier reply")
-    heard = "heard " + ", ".join(ways) if ways else "NOT heard"
-    tell("reference", f"of entry {cited[0]} is {heard}")
-
-
-def describe_target(data):
-    """The first entry decoded back: what is given, and what is trained."""
-    [(batch, counts)] = data[[0], True]
+def describe_target(data: dataset.StepDataset) -> None:
+    """Report the first entry decoded back: what is given, and what is trained."""
+    [(batch, counts)] = data[[0]]
     ids, labels = batch["input_ids"][0], batch["label_ids"][0]  # (T,)
-    start = (labels != -100).nonzero()[0, 0]
+    start = (labels != -100).argmax()
     answered = (labels != -100) | (ids == data.collator.audio_out_token_id)
-    text, *codebooks = counts.labels.tolist()
-    tell("entry 0", f"is given {data.tokenizer.decode(ids[:start])!r}")
-    tell(
-        "",
-        f"and trained on {data.tokenizer.decode(ids[start:][answered[start:]])!r}: {text} labels of "
-        f"text, {codebooks[0]} in each of {len(codebooks)} codebooks",
+    report("entry 0", f"is given {data.tokenizer.decode(ids[:start])!r}")
+    trained = data.tokenizer.decode(ids[start:][answered[start:]])
+    text, frames, codebooks = counts[0], counts[1], data.collator.audio_num_codebooks
+    report(
+        "", f"and trained on {trained!r}: {text} labels of text, {frames} in each of {codebooks} codebooks"
     )
 
 
-def describe_lengths(lengths):
-    """A histogram of the entries' positions."""
-    counts, edges = np.histogram(lengths, bins=min(10, len(set(lengths))))
-    for n, low, high in zip(counts, edges, edges[1:], strict=False):
-        tell("positions", f"{low:>6,.0f} to {high:>6,.0f} {'#' * -(-40 * n // counts.max()):<40} {n:,}")
+def find_odd_texts(entries: list[dict], frames: dict[str, int]) -> list[tuple[str, str]]:
+    """(entry, what) where a text does not suit its clip, or where a clip is its own reference."""
+    found, rates = [], {}
+    for i, entry in enumerate(entries):
+        references, targets = split_clips(entry)
+        spoken = [path for paths, _, _ in targets for path in paths]
+        for path in sorted(set(references) & set(spoken)):
+            found.append((f"entry {i}", f"{path} is both reference and target"))
+        texts = [
+            part["text"] for turn in entry["messages"] for part in turn["content"] if part["type"] == "text"
+        ]
+        if odd := ODD_TEXT.search(" ".join(texts)):
+            found.append((f"entry {i}", f"its text has {odd[0]!r}, which looks like a fault of its file"))
+        if spoken:
+            characters = sum(len(f"{said} {text}".strip()) for paths, said, text in targets if paths)
+            rates[i] = characters / (sum(frames[path] for path in spoken) / FRAME_RATE)
+    usual = np.median(list(rates.values())) if rates else 0
+    for i, rate in rates.items():
+        if not usual / 3 <= rate <= usual * 3:
+            what = f"its text has {rate:.1f} characters a second of its clip, {usual:.1f} are usual"
+            found.append((f"entry {i}", what))
+    return found
 
 
-def describe_epoch(lengths, args, max_tokens, ranks, seconds_a_position):
-    """Optimizer steps, padding and time of an epoch on so many GPUs like this device."""
-    samples_per_step = args.batch_size * args.grad_accum * ranks
-    steps = range(-(-len(lengths) // samples_per_step))
-    padded = 0
-    for shares in dataset.deal_steps(lengths, samples_per_step, args.seed, ranks, steps):
-        for indices, _ in shares:
-            samples = [(lengths[i], i) for i in indices]
-            for micro_batch in dataset.cut(samples, args.batch_size, max_tokens):
-                padded += len(micro_batch) * micro_batch[0][0]
-    padding = max(0, 1 - sum(lengths) / padded)
-    name = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
-    tell(
-        name,
-        f"{len(steps):,} optimizer steps an epoch of {samples_per_step} samples; {padding:.1%} of "
-        f"the positions are padding; {in_words(padded * seconds_a_position / ranks)} an epoch",
-    )
-
-
-def listen(path):
+def measure_clip(path: str) -> tuple[float, float]:
     """(seconds of silence at its end, share of clipped samples) of a clip."""
-    wave = dataset.load_waveform(path, SAMPLE_RATE)
-    end = 0
+    wave, end = dataset.load_waveform(path, SAMPLE_RATE), 0
     if np.abs(wave).max() > 0.01:
         end = librosa.effects.trim(wave, top_db=40)[1][1]
     return float(len(wave) - end) / SAMPLE_RATE, float(np.mean(np.abs(wave) > 0.99))
 
 
-def suspect_texts(entries, frames):
-    """[(entry, what)]: text and clip do not suit, or a clip is its own reference."""
-    found, rates = [], {}
-    for i, entry in enumerate(entries):
-        references, targets = split_clips(entry)
-        spoken = [path for paths, _ in targets for path in paths]
-        for path in sorted(set(references) & set(spoken)):
-            found.append((f"entry {i}", f"{path} is both reference and target"))
-        if spoken:
-            characters = sum(len(text) for paths, text in targets if paths)
-            rates[i] = characters / (sum(frames[path] for path in spoken) / FRAME_RATE)
-    usual = np.median(list(rates.values())) if rates else 0
-    for i, rate in rates.items():
-        if not usual / 3 <= rate <= usual * 3:
-            found.append(
-                (
-                    f"entry {i}",
-                    f"its text has {rate:.1f} characters a second of its clip, {usual:.1f} are usual",
-                )
-            )
-    return found
-
-
-def suspect_clips(clips, num_workers):
-    """[(clip, what)]: it ends in silence, or is clipped."""
-    found = []
-    heard = DataLoader(list(clips), batch_size=None, num_workers=num_workers, collate_fn=listen)
-    for path, (silence, clipped) in zip(clips, tqdm(heard, "listening to the clips"), strict=True):
+def find_odd_clips(clips: list[str], num_workers: int) -> list[tuple[str, str]]:
+    """(clip, what) where it ends in silence, or is clipped."""
+    dataset.import_librosa()
+    found, measured = [], dataset.in_workers(measure_clip, clips, num_workers)
+    for path, (silence, clipped) in zip(clips, tqdm(measured, "checking clips", len(clips)), strict=True):
         if silence > 0.5:
             found.append((path, f"ends in {silence:.1f} s of silence"))
         if clipped > 1e-3:
@@ -179,141 +155,162 @@ def suspect_clips(clips, num_workers):
     return found
 
 
-def reset_peak_memory(device):
-    """Forget the peak so far, which may be the codec's."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux's way, see proc(5)
-
-
-def try_largest(args, inputs, lengths, device):
-    """Run the largest micro-batch; returns the seconds that a position takes."""
-    model, text_head = lora.build_model(args, inputs.base, device)
-    trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    tell("trainable", f"{sum(trainable):,} parameters")
-    model = DistributedDataParallel(model)
-    trainer.rehearse(args, model, text_head, inputs.data, lengths)  # lays out buckets
-    reset_peak_memory(device)
-    began = time.perf_counter()
-    counts = trainer.rehearse(args, model, text_head, inputs.data, lengths)
+def time_largest(args, data, base: Path, lengths: list[int], device: torch.device) -> float:
+    """Run the largest micro-batch, and report it. Returns the seconds that a padded position takes."""
+    adapter = lora.build_model(args, base, device)
+    trainable = [parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad]
+    report("trainable", f"{sum(trainable):,} parameters")
+    data.max_tokens = trainer.choose_max_tokens(args, adapter, {"step": 0}, device)
+    model = DDP(
+        trainer.LossModel(adapter), broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
+    )
+    optimizer, _ = trainer.build_optimizer(adapter, args, 1, {"step": 0})
+    batch, counts = trainer.run_largest(model, optimizer, data, lengths, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    took = (time.perf_counter() - began) / 2  # it runs twice
-    tell(
+    began = time.perf_counter()
+    trainer.compute_gradients(model, [(batch, counts)], torch.from_numpy(counts[:-2]), device).cpu()
+    took = time.perf_counter() - began
+    report(
         "largest",
-        f"micro-batch: {counts.samples} samples, {counts.padded_positions:,} positions with "
-        f"padding; {took:.2f} s forward and backward, {lora.peak_memory() / 1e9:.2f} GB "
-        "peak memory",
+        f"micro-batch: {len(batch['input_ids'])} samples, {counts[-1]:,} positions with padding, of "
+        f"max_tokens {data.max_tokens or 'none'}; {took:.2f} s forward and backward on {device}, "
+        f"{trainer.peak_memory():.2f} GB peak memory",
     )
-    return took / counts.padded_positions
+    return took / counts[-1]
 
 
-def preflight(args, device):
-    """What trainer.py would do with the user's data, or refuse."""
-    inputs = trainer.open_inputs(args, device)
-    trainer.encode_missing(inputs, device)
-    data = inputs.data
-    lengths = dataset.measure(data)
-    frames = {path: dataset.load_codes(file).shape[1] for path, file in data.clips.items()}
-    describe_data(data.entries, frames)
+def preflight(args: argparse.Namespace, device: torch.device) -> None:
+    """What trainer.py would do with the user's data, or refuse. Raises UserError for what must be mended."""
+    print(trainer.describe_device(args, device))
+    data, base, codec, _ = trainer.open_inputs(args, device)
+    trainer.encode_missing(data, codec, device, args.num_workers)
+    lengths = dataset.estimate_lengths(data)
+    frames = {path: dataset.load_codes(file).shape[1] for path, file in data.code_files.items()}
+    describe_data(data, frames)
     describe_target(data)
-    describe_reference(data)
-    describe_lengths(lengths)
-    suspicious = suspect_texts(data.entries, frames) + suspect_clips(data.clips, args.num_workers)
-    seconds_a_position = try_largest(args, inputs, lengths, device)
-    for ranks in (1, 8):
-        describe_epoch(lengths, args, data.max_tokens, ranks, seconds_a_position)
-    if suspicious:
-        print(f"worth a look, though all of it would train: {len(suspicious)}, the first of them")
-        for where, what in suspicious[:20]:
+    report("positions", f"{sum(lengths):,} an epoch, about; the longest entry has {max(lengths):,}")
+    odd = find_odd_texts(data.entries, frames) + find_odd_clips(list(data.code_files), args.num_workers)
+    seconds = sum(lengths) * time_largest(args, data, base, lengths, device)
+    samples = args.batch_size * args.grad_accum
+    for gpus in (1, 8):
+        steps = len(lengths) / samples / gpus
+        report(
+            f"{gpus} GPU(s)",
+            f"like {device}: {steps:,.1f} optimizer steps an epoch of {samples * gpus} samples; "
+            f"about {format_seconds(seconds / gpus)}, by the time of the largest micro-batch",
+        )
+    if odd:
+        print(f"worth a look, though all of it would train: {len(odd)}, the first of them")
+        for where, what in odd[:20]:
             print(f"  {where}: {what}")
     print("ready for trainer.py with the same options")
 
 
-def mean_losses(model, text_head, data):
-    """Teacher-forced losses of all entries, a list: of text, audio, and each codebook."""
-    sums, seen = 0, []
+def mean_losses(
+    model: trainer.LossModel, data: dataset.StepDataset, device: torch.device
+) -> dict[str, float]:
+    """Teacher-forced losses of all entries, by name: text, audio, total, and each codebook's."""
+    sums, counts = 0, 0
     with torch.no_grad():
-        for batch, counts in data[range(len(data.entries)), True]:
-            sums = sums + trainer.forward(model, text_head, batch, counts).cpu()
-            seen.append(counts)
-    text, *codebooks = (sums / dataset.add_up(seen).labels.clamp(min=1)).tolist()
-    return [text, sum(codebooks) / len(codebooks), *codebooks]
+        for batch, own_counts in data[range(len(data.entries))]:
+            sums = sums + model(dataset.to_tensors(batch, device), int(own_counts[0])).cpu()
+            counts = counts + own_counts[:-2]
+    text, *codebooks = (sums / torch.from_numpy(counts).clamp(min=1)).tolist()
+    audio = sum(codebooks) / len(codebooks)
+    numbered = {f"codebook {k}": loss for k, loss in enumerate(codebooks)}
+    return {"text": text, "audio": audio, "total": text + audio, **numbered}
 
 
-def speak(args, inputs, device):
-    """Write entry 0 as base and last adapter speak it, and its own target."""
+def write_audio(args, data, base: Path, codec: Path, adapters: dict[str, str], device) -> pd.DataFrame:
+    """Let base and adapters speak the first three entries; a table of players, a row an entry."""
+    dataset.hubert_revision()  # refuses a HuBERT with code, which the engine would run
     logger.disable("boson_multimodal")  # it tells each of its steps
-    codec = dataset.load_codec(inputs.codec, device)
-    engine = HiggsAudioServeEngine(
-        str(inputs.base),
-        str(inputs.codec),
-        device=str(device),  # cuda:0: on "cuda" it captures graphs in config.json's dtype, not in this one
-        torch_dtype=lora.base_dtype(args.precision, device),
-    )
-    engine.collator.return_audio_in_tokens = inputs.data.collator.return_audio_in_tokens
-    turns = inputs.data.entries[0]["messages"]
-    reply = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    limit = min(1024, 2 * inputs.data.sample(0)[0])  # twice prompt and target: babble ends there
-    waves = {}
-    for name in ("base", "adapter"):
-        (args.output_dir / f"{name}.wav").unlink(missing_ok=True)  # of another adapter
-        if name == "adapter":
-            engine.model = lora.load_adapter(engine.model, args.adapter[-1])
-        try:
-            waves[name] = engine.generate({"messages": turns[:reply]}, limit, seed=args.seed).audio
-        except (IndexError, RuntimeError) as error:  # upstream's, if none came out
-            tell(name, f"emits no audio, upstream's engine says {error}")
-    for _, path in dataset.clips_of({"messages": turns[reply:]}):
-        codes = dataset.load_codes(inputs.data.clips[path])  # (num_codebooks, T)
-        waves["target"] = codec.decode(torch.tensor(codes[None], dtype=torch.long))[0, 0]
-    for name, wave in waves.items():
-        soundfile.write(args.output_dir / f"{name}.wav", wave, SAMPLE_RATE)
-        tell(name, f"{args.output_dir}/{name}.wav, {len(wave) / SAMPLE_RATE:.1f} s")
+    # On cuda:0 the engine captures no graphs: on "cuda" it does, in config.json's dtype and of the base
+    dtype = lora.base_dtype(args.precision, device)
+    engine = HiggsAudioServeEngine(str(base), str(codec), device=str(device), torch_dtype=dtype)
+    engine.collator.return_audio_in_tokens = data.collator.return_audio_in_tokens
+    base_model, base_id, rows = engine.model, lora.base_fingerprint(base), {}
+    for name in ["target", "base", *adapters]:
+        if name in adapters:
+            engine.model = lora.load_adapter(base_model, adapters[name], base_id)
+        for i, entry in enumerate(data.entries[:3]):
+            turns = entry["messages"]
+            reply = max(k for k, turn in enumerate(turns) if turn["role"] == "assistant")
+            text = " ".join(
+                part["text"] for turn in turns for part in turn["content"] if part["type"] == "text"
+            )
+            reason = "it has no clip"
+            row = rows.setdefault(f"entry {i}", {"text": html.escape(text)})
+            file = args.output_dir / f"{i}-{name}.wav"
+            file.unlink(missing_ok=True)  # of an earlier comparison
+            if name == "target":
+                paths = [path for _, path in dataset.clips_of({"messages": turns[reply:]})]
+                codes = [
+                    torch.tensor(dataset.load_codes(data.code_files[path])).long()[None] for path in paths
+                ]
+                waves = [
+                    engine.audio_tokenizer.decode(one)[0, 0] for one in codes
+                ]  # (1, num_codebooks, T) each
+                wave = np.concatenate(waves) if waves else None
+            else:
+                limit = min(1024, 2 * data.load_sample(i)[0])  # babble ends at twice the length
+                try:
+                    wave = engine.generate({"messages": turns[:reply]}, limit, seed=args.seed).audio
+                except torch.OutOfMemoryError:
+                    raise
+                except (IndexError, RuntimeError) as error:  # upstream's, where no audio came out
+                    wave, reason = None, error
+            row[name] = (
+                f'<audio controls src="{quote(file.name)}"></audio>' if wave is not None else "no audio"
+            )
+            told = f"no audio: {reason}"
+            if wave is not None:
+                soundfile.write(file, wave, SAMPLE_RATE)
+                told = f"{file}, {len(wave) / SAMPLE_RATE:.1f} s"
+            report(name, f"entry {i}: {told}")
+        engine.model = base_model if name not in adapters else engine.model.unload()
+    return pd.DataFrame(rows).T
 
 
-def draw(output_dir):
-    """loss.png: losses, and each codebook's beside chance, over metrics.jsonl."""
-    table = pd.read_json(output_dir / "metrics.jsonl", lines=True).set_index("step")
-    codebooks = pd.DataFrame(table["audio_loss_per_codebook"].tolist(), index=table.index)
-    axes = table[["text_loss", "audio_loss"]].join(codebooks).plot(figsize=(12, 6), ylim=(0, None))
-    axes.axhline(math.log(1026), color="gray", linestyle=":")
-    axes.figure.savefig(output_dir / "loss.png")
-
-
-def compare(args, device):
-    """Losses of base and adapters on the first 50 entries; wav files of the first."""
-    inputs = trainer.open_inputs(args, device)
-    data = inputs.data
+def compare(args: argparse.Namespace, names: list[str], device: torch.device) -> None:
+    """Losses of base and adapters on the first 50 entries; what they sound like, in output_dir/index.html."""
+    data, base, codec, _ = trainer.open_inputs(args, device)
     data.entries = data.entries[:50]
     used = {path for entry in data.entries for _, path in dataset.clips_of(entry)}
-    data.clips = {path: file for path, file in data.clips.items() if path in used}
-    trainer.encode_missing(inputs, device)
-    base = lora.load_base(inputs.base, lora.base_dtype(args.precision, device), device)
-    text_head = lora.take_text_head(base)
-    losses = {"(base)": mean_losses(base, text_head, data)}
-    for name in args.adapter:
-        model = lora.load_adapter(base, name)
-        losses[name] = mean_losses(model, text_head, data)
-        model.unload()
-    tell("losses", f"of {len(data.entries)} entries, teacher-forced: text, audio, codebooks 0 to 7")
-    for name, values in losses.items():
-        tell("", " ".join(f"{value:7.3f}" for value in values) + f"  {name}")
-    totals = {name: sum(losses[name][:2]) for name in args.adapter}
-    finite = {name: total for name, total in totals.items() if np.isfinite(total)}
-    if not finite:
-        raise PipelineError("no adapter has a finite loss; take an earlier checkpoint, lower --lr")
-    tell("best", f"{min(finite, key=finite.get)}, by text and audio loss")
-    del base, model  # the engine loads its own
-    for folder in map(Path, args.adapter):
-        if (folder / "metrics.jsonl").exists():
-            draw(folder)
+    data.code_files = {path: file for path, file in data.code_files.items() if path in used}
+    trainer.encode_missing(data, codec, device, args.num_workers)
+    adapters = {Path(name).resolve().name: name for name in names}
+    if len(adapters) < len(names) or {"base", "target"} & adapters.keys():  # names that are not unique
+        adapters = {name.strip("/").replace("/", "-"): name for name in names}
+    base_model = lora.load_base(base, lora.base_dtype(args.precision, device), device)
+    model, base_id = trainer.LossModel(base_model), lora.base_fingerprint(base)
+    losses = {"base": mean_losses(model, data, device)}
+    for name, folder in adapters.items():
+        model.model = lora.load_adapter(base_model, folder, base_id)
+        losses[name] = mean_losses(model, data, device)
+        model.model.unload()
+    table = pd.DataFrame(losses).T
+    print(f"losses of {len(data.entries)} entries, teacher-forced:")
+    print(table.to_string(float_format="{:.3f}".format))
+    if len(data.entries) < 20:
+        print("warning: 20 held-out entries or more tell more than chance")
+    finite = table["total"].drop("base")[np.isfinite(table["total"].drop("base"))]
+    if finite.empty:
+        raise UserError("no adapter has a finite loss; take an earlier checkpoint, or lower --lr")
+    report("smallest", f"loss: {adapters[finite.idxmin()]}; listen before you choose")
+    if not finite.min() < table["total"]["base"]:
+        print("warning: the base's own loss is smaller than each adapter's")
+    del model, base_model  # the engine loads its own
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    speak(args, inputs, device)
+    players = write_audio(args, data, base, codec, adapters, device)
+    heads = {name: f"{html.escape(name)}<br>loss {table['total'][name]:.3f}" for name in losses}
+    page = players.rename(columns=heads).to_html(escape=False)
+    (args.output_dir / "index.html").write_text(f'<meta charset="utf-8">\n{page}', encoding="utf-8")
+    report("listen", f"open {args.output_dir}/index.html")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="new or empty, to leave everything in")
     parser.add_argument("--adapter", nargs="+", help="trainer.py's --output_dir, or checkpoints")
@@ -322,15 +319,17 @@ def main():
         acceptance.accept(own.keep)
         return
     args = trainer.parse_args(["--output_dir=listen", *options])
-    args.adapter = own.adapter
-    device, _, _ = trainer.join_ranks()
-    if args.adapter:
-        compare(args, device)
-    else:
-        preflight(args, device)
+
+    def run():
+        device = trainer.choose_device()
+        trainer.join_ranks(device)
+        if own.adapter:
+            compare(args, own.adapter, device)
+        else:
+            preflight(args, device)
+
+    trainer.run_and_exit(run)
 
 
 if __name__ == "__main__":
-    sys.excepthook = trainer.fail
     main()
-    trainer.leave(0)

@@ -30,6 +30,7 @@ import dataset
 import lora
 import trainer
 from tests.support import tiny_checkpoint
+from tests.support.batches import CPU, micro_batches
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -98,7 +99,7 @@ def open_lab(folder):
             f"--audio_tokenizer={folder}/codec",
         ]
     )
-    data = trainer.open_inputs(args, torch.device("cpu")).data
+    data = trainer.open_inputs(args, CPU)[0]
     return SimpleNamespace(
         folder=folder, engine=engine, model=engine.model, args=args, data=data, entries=data.entries
     )
@@ -113,7 +114,7 @@ def check_preprocessing(lab):
     """Token ids, attention and reference codes equal HiggsAudioServeEngine's up to the assistant header."""
     compared = 0
     for i, entry in enumerate(lab.entries):
-        theirs, [(ours, _)] = lab.engine._prepare_inputs(prompt_of(entry)), lab.data[[i], True]
+        theirs, [(ours, _)] = lab.engine._prepare_inputs(prompt_of(entry)), micro_batches(lab.data, [i])
         length = theirs["input_ids"].shape[1]
         for name in ("input_ids", "attention_mask", "audio_in_ids"):
             mine = ours[name] if name == "audio_in_ids" else ours[name][:, :length]
@@ -125,7 +126,7 @@ def check_preprocessing(lab):
 
 def check_forward_kwargs(lab):
     """A batch has exactly the fields of upstream's HiggsAudioBatchInput, and forward takes them all."""
-    batch = lab.data[[0, 1], True][0][0]
+    [(batch, _)] = micro_batches(lab.data, [0, 1])
     fields = {field.name for field in dataclasses.fields(HiggsAudioBatchInput)}
     accepted = set(inspect.signature(HiggsAudioModel.forward).parameters)
     passed = set(batch) == fields and fields <= accepted
@@ -138,26 +139,27 @@ def first_audio_logits(lab, reference, heard):
     for part in entry["messages"][1]["content"]:
         if "audio_url" in part:
             part["audio_url"] = reference
-    collator = dataset.build_collator([], lab.model.config, "true" if heard else "false")
-    data = dataset.StepDataset([entry], lab.data.clips, lab.data.tokenizer, collator, 1, None)
+    collator = dataset.build_collator([], lab.model.config, "auto" if heard else "false")
+    data = dataset.StepDataset([entry], lab.data.code_files, lab.data.tokenizer, collator, 1, None)
+    [(batch, _)] = micro_batches(data, [0])
     with torch.no_grad():
-        return lab.model(**data[[0], True][0][0]).audio_logits[0]
+        return lab.model(**batch).audio_logits[0]
 
 
 def check_reference_heard(lab):
-    """Another reference clip changes the logits; deaf training, asked for by name, is reported."""
+    """Another reference clip changes the logits; training that does not hear it is reported."""
     voices = [dataset.clips_of(lab.entries[i])[0][1] for i in (0, 1)]
-    heard, deaf = (
+    heard, unheard = (
         (first_audio_logits(lab, voices[0], on) - first_audio_logits(lab, voices[1], on)).abs().max()
         for on in (True, False)
     )
     lab.args.return_audio_in_tokens = "false"
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        trainer.open_inputs(lab.args, torch.device("cpu"))
-    said = any("train deaf" in str(warning.message) for warning in told)
-    return heard > 1e-3 and deaf == 0 and said, (
-        f"logits change by {heard:.3f}; with --return_audio_in_tokens false by {deaf:.0f}, and it says so"
+        trainer.open_inputs(lab.args, CPU)
+    said = any("do not hear their reference" in str(warning.message) for warning in told)
+    return heard > 1e-3 and unheard == 0 and said, (
+        f"logits change by {heard:.3f}; with --return_audio_in_tokens false by {unheard:.0f}, and it says so"
     )
 
 
@@ -183,12 +185,12 @@ def loss_in_float64(outputs, batch):
 
 def check_dual_loss(lab):
     """The trainer's loss on two clips of different length equals the formula in float64."""
-    [(batch, counts)] = lab.data[[0, 1], True]
+    [(batch, counts)] = micro_batches(lab.data, [0, 1])
     with torch.no_grad():
         expected = loss_in_float64(lab.model(**batch), batch)
-        model = lora.attach(lora.load_base(lab.folder / "model", torch.float32, "cpu"), 4, 8, 0.0, seed=0)
-        head = lora.take_text_head(model.get_base_model())
-        means = trainer.loss_sums(model(**batch), batch, counts, head) / counts.labels
+        base = lora.load_base(lab.folder / "model", torch.float32, CPU)
+        model = trainer.LossModel(lora.attach_lora(base, 4, 8, 0.0, seed=0))
+        means = model(batch, int(counts[0])) / counts[:-2]
     error = abs((means[0] + means[1:].mean()).item() / expected - 1)
     return error < 1e-6, f"{expected:.6f} in float64, relative error {error:.1e}"
 
@@ -198,7 +200,7 @@ def check_targets(lab):
     found = []
     with torch.device("meta"):
         for config in (lab.model.config, tiny_checkpoint.released_config()):
-            model = lora.attach(HiggsAudioModel(config), 16, 32, 0.05, seed=0)
+            model = lora.attach_lora(HiggsAudioModel(config), 16, 32, 0.05, seed=0)
             trainable = [p.numel() for p in model.parameters() if p.requires_grad]
             found.append((len(trainable) // 2, sum(trainable)))  # an A and a B for each module
     (tiny, small), (modules, parameters) = found
@@ -255,7 +257,7 @@ def answer_all(lab, adapter):
     lab.engine.model = PeftModel.from_pretrained(lab.model, lab.folder / adapter).eval()
     accuracies, stops = [], []
     for entry in lab.entries:
-        file = lab.data.clips[dataset.clips_of(entry)[-1][1]]
+        file = lab.data.code_files[dataset.clips_of(entry)[-1][1]]
         target = torch.from_numpy(np.load(file))  # (num_codebooks, T)
         codes, stopped = generate(lab.engine, entry)
         same_length = codes is not None and codes.shape == target.shape

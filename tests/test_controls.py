@@ -12,15 +12,13 @@ from tests.support import launcher
 # Every label one position later: the trainer's shift then compares logits and labels at the same position,
 # and that is the loss of known trainers for this model.
 UNSHIFTED = """
-import sys, torch, trainer
-shifted = trainer.loss_sums
-def unshifted(outputs, batch, counts, text_head):
+import trainer
+shifted = trainer.LossModel.sum_losses
+def unshifted(self, outputs, label_audio_ids, num_text_labels):
     outputs.expanded_labels = outputs.expanded_labels.roll(1, dims=1)
-    batch = batch | {"label_audio_ids": batch["label_audio_ids"].roll(1, dims=1)}
-    return shifted(outputs, batch, counts, text_head)
-trainer.loss_sums = unshifted
-trainer.main(trainer.parse_args(sys.argv[1:]))
-trainer.leave(0)
+    return shifted(self, outputs, label_audio_ids.roll(1, dims=1), num_text_labels)
+trainer.LossModel.sum_losses = unshifted
+trainer.run_and_exit(trainer.train, trainer.parse_args())
 """
 
 
@@ -36,7 +34,7 @@ def train_and_listen(tiny, lab, name, *program):
     done = launcher.run(
         *program,
         *acceptance.OVERFIT,
-        "--batch_size=4",
+        "--batch_size=3",
         f"--train_manifest={tiny}/train.json",
         f"--base_ckpt={tiny}/model",
         f"--audio_tokenizer={tiny}/codec",

@@ -1,5 +1,7 @@
 """Training is inference: decoding, labels, precision, gradients (fidelity, properties 1, 4, 6 and 8)."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,11 @@ from loguru import logger
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LogitsProcessor
 
-import dataset
 import lora
 import trainer
 from tests.acceptance import loss_in_float64
+from tests.support.batches import CPU, micro_batches
 
-CPU = torch.device("cpu")
 EOS = 1025  # of the audio stream
 SYSTEM = {"role": "system", "content": "Speak."}
 
@@ -95,10 +96,17 @@ def decode(engine, entry, token_ids, codes, caches):
 
 
 def kept(text_head):
-    """(text_head, list that it leaves its outputs in): the logits that the trainer's loss reads."""
+    """A list that `text_head` leaves its outputs in: the logits that the trainer's loss reads."""
     outputs = []
     text_head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    return text_head, outputs
+    return outputs
+
+
+def sum_losses(text_head, outputs, batch, counts):
+    """The trainer's loss sums, from a model's outputs that are there already."""
+    return trainer.LossModel.sum_losses(
+        SimpleNamespace(text_head=text_head), outputs, batch["label_audio_ids"], int(counts[0])
+    )
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
@@ -110,12 +118,12 @@ def test_training_reads_the_logits_of_decoding(open_data, lora_model, engine, se
     """
     data = open_data(random_entries(seed))
     model = engine.model = lora_model.get_base_model().eval()
-    order = sorted(range(2), key=lambda i: -data.sample(i)[0])  # of the rows in the batch: longest first
-    [(batch, counts)] = data[order, True]
-    text_head, heads = kept(torch.nn.Identity())
+    order = sorted(range(2), key=lambda i: -data.load_sample(i)[0])  # of the rows in the batch: longest first
+    [(batch, counts)] = micro_batches(data, order)
     with torch.no_grad():
         outputs = model(**batch)
-        trainer.loss_sums(outputs, batch, counts, text_head)
+        heads = kept(text_head := torch.nn.Identity())
+        sum_losses(text_head, outputs, batch, counts)
     text_read = heads[0].split((batch["label_ids"][:, 1:] != -100).sum(1).tolist())  # (text labels, vocab)
     starts = batch["audio_out_ids_start"][1:]
     codes, labels = (batch[name].tensor_split(starts, dim=1) for name in ("audio_out_ids", "label_audio_ids"))
@@ -129,7 +137,7 @@ def test_training_reads_the_logits_of_decoding(open_data, lora_model, engine, se
         text, audio = decode(
             engine,
             data.entries[i],
-            data.sample(i)[1].input_ids,
+            data.load_sample(i)[1].input_ids,
             codes,
             engine.kv_caches if cache == "static" else None,
         )
@@ -205,7 +213,7 @@ def targets_of(model, batch, counts):
     with torch.no_grad():
         outputs = model(**batch)
     logits = [outputs.logits.requires_grad_(), outputs.audio_logits.requires_grad_()]
-    trainer.loss_sums(outputs, batch, counts, torch.nn.Identity()).sum().backward()
+    sum_losses(torch.nn.Identity(), outputs, batch, counts).sum().backward()
     return outputs, *(torch.where((x.grad != 0).any(-1), x.grad.argmin(-1), -100) for x in logits)
 
 
@@ -235,10 +243,10 @@ def test_targets_decode_to_the_assistant_turns(open_data, lora_model, batch_size
         for part in turn["content"]
         if "audio_url" in part
     ]
-    said = [np.load(data.clips[path]).tolist() if trained else None for path, trained in clips]
+    said = [np.load(data.code_files[path]).tolist() if trained else None for path, trained in clips]
     for _ in ("epoch 1", "epoch 2"):
         texts, speech = [], []
-        for batch, counts in data[range(4), True]:
+        for batch, counts in micro_batches(data, range(4)):
             outputs, text, audio = targets_of(model, batch, counts)
             for targets, token_ids, mask in zip(text, outputs.expanded_input_ids, outputs.attention_mask):
                 [positions] = (targets != -100).nonzero(as_tuple=True)
@@ -250,30 +258,26 @@ def test_targets_decode_to_the_assistant_turns(open_data, lora_model, batch_size
         assert sorted(speech, key=str) == sorted(said, key=str)
 
 
-def test_a_rank_without_a_sample_has_no_target(open_data, lora_model):
-    """Catches a sample that counts twice because an idle rank takes part with it."""
-    [(batch, counts)] = open_data(LABELLED[:1])[[0], False]
-    _, text, audio = targets_of(lora_model.get_base_model().eval(), batch, counts)
-    assert (text == -100).all() and (audio == -100).all() and not counts.labels.any() and counts.samples == 0
-
-
 def start(model):
-    """(model under DDP, text head, LoRA parameters, optimizer, schedule), as in trainer.main."""
-    text_head = lora.take_text_head(model.get_base_model())
+    """(LossModel under DDP, LoRA parameters), as in trainer.train."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=5e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return DistributedDataParallel(model.train()), text_head, parameters, optimizer, schedule
+    return DistributedDataParallel(trainer.LossModel(model.train())), parameters
+
+
+def count_labels(steps):
+    """(1 + num_codebooks,) label counts of a step's micro-batches."""
+    return torch.from_numpy(sum(counts for _, counts in steps)[:-2])
 
 
 def test_bf16_computes_the_loss_in_float32(tiny, open_data):
     """Catches a cross entropy in bf16, which is off by 2e-4 here."""
-    model = lora.attach(lora.load_base(tiny / "model", torch.bfloat16, "cpu"), 4, 8, 0.0, seed=0)
-    text_head, heads = kept(lora.take_text_head(model.get_base_model()))
-    [(batch, counts)] = open_data(LABELLED[:1])[[0], True]
+    base = lora.load_base(tiny / "model", torch.bfloat16, CPU)
+    model = trainer.LossModel(lora.attach_lora(base, 4, 8, 0.0, seed=0))
+    heads = kept(model.text_head)
+    [(batch, counts)] = micro_batches(open_data(LABELLED[:1]), [0])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        outputs = model(**batch)
-        sums = trainer.loss_sums(outputs, batch, counts, text_head)
+        outputs = model.model(**batch)
+        sums = model.sum_losses(outputs, batch["label_audio_ids"], int(counts[0]))
     labels = outputs.expanded_labels[:, 1:]
     expected = [F.cross_entropy(heads[0].double(), labels[labels != -100], reduction="sum")]
     expected += [
@@ -291,18 +295,19 @@ def test_bf16_trains_a_float32_adapter_beside_an_unchanged_base(tiny, open_data)
     base = lora.load_base(tiny / "model", torch.bfloat16, "cpu")
     frozen = {name: parameter.clone() for name, parameter in base.named_parameters()}
     assert {parameter.dtype for parameter in frozen.values()} == {torch.bfloat16}
-    model, text_head, parameters, optimizer, schedule = start(lora.attach(base, 4, 8, 0.0, seed=0))
-    micro_batches = open_data(LABELLED[:1])[[0], True]
+    model, parameters = start(lora.attach_lora(base, 4, 8, 0.0, seed=0))
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3, fused=True)
+    step = open_data(LABELLED[:1])[[0]]
     before = [parameter.clone() for parameter in parameters]
     for _ in range(2):  # A has no gradient before B has moved
-        counts = dataset.add_up(counts for _, counts in micro_batches)
-        sums = trainer.compute_gradients(model, text_head, micro_batches, counts)
+        sums = trainer.compute_gradients(model, step, count_labels(step), CPU)
         gradients = [parameter.grad.clone() for parameter in parameters]
-        lora.update(optimizer, schedule, parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert len(moments) == 2 * len(parameters) and not any(map(torch.equal, before, parameters))
     assert {x.dtype for x in [sums, *parameters, *gradients, *moments]} == {torch.float32}
-    base.audio_decoder_proj.text_lm_head = text_head
+    base.audio_decoder_proj.text_lm_head = model.module.text_head
     after = {name.replace(".base_layer", ""): value for name, value in base.named_parameters()}
     assert all(torch.equal(after[name], value) for name, value in frozen.items())
 
@@ -313,22 +318,21 @@ def test_gradients_are_finite_differences(tiny, open_data, monkeypatch):
     Autograd over two micro-batches against the design's formula, in NumPy, on one batch. To 1e-6, measured
     4e-8: the weights 1/N are float32.
     """
-    micro_batches = open_data(LABELLED, "--batch_size=2")[range(4), True]
-    [(batch, _)] = open_data(LABELLED, "--batch_size=4")[range(4), True]
-    model = lora.attach(lora.load_base(tiny / "model", torch.float64, "cpu"), 4, 8, 0.0, seed=0)
+    step = open_data(LABELLED, "--batch_size=2")[range(4)]
+    [(batch, _)] = micro_batches(open_data(LABELLED, "--batch_size=4"), range(4))
+    model = lora.attach_lora(lora.load_base(tiny / "model", torch.float64, "cpu"), 4, 8, 0.0, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     monkeypatch.setattr(torch, "float32", torch.float64)  # upstream casts to float32 in its norms and heads,
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # and the loss does: to float64 here
-    model, text_head, parameters, _, _ = start(model)
-    counts = dataset.add_up(counts for _, counts in micro_batches)
-    trainer.compute_gradients(model, text_head, micro_batches, counts)
+    model, parameters = start(model)
+    trainer.compute_gradients(model, step, count_labels(step), CPU)
 
     def loss():
         with torch.no_grad():
-            outputs = model(**batch)
-            outputs.logits = text_head(outputs.logits)
+            outputs = model.module.model(**batch)
+            outputs.logits = model.module.text_head(outputs.logits)
         return loss_in_float64(outputs, batch)
 
     errors = []

@@ -7,10 +7,11 @@ import shutil
 import pytest
 
 import lora
-from dataset import PipelineError
+from dataset import UserError
 from tests.support import launcher
 
-BASE, CODEC = lora.ORIGINALS
+BASE, CODEC = lora.BASE, lora.CODEC
+TODAY = "bosonai/higgs-tts-2-3b-base"  # the base's name since June 2026
 HUBERT_MAIN = "models--bosonai--hubert_base/refs/main"
 NEW = "f" * 40  # main's revision: transformers' own format
 EVIL_REVISION, ADAPTER_REVISION = "e" * 40, "a" * 40  # of HuBERT: with code; with an adapter of such a one
@@ -26,7 +27,7 @@ class Evil(HubertModel):
 def add_repository(hub, name, original, new_config):
     """`name` in the hub's cache: main is `new_config` alone, the old revision a copy of `original`."""
     folder = hub / f"models--{name.replace('/', '--')}"
-    shutil.copytree(original, folder / "snapshots" / lora.ORIGINALS[name])
+    shutil.copytree(original, folder / "snapshots" / lora.REVISIONS[name])
     (folder / "snapshots" / NEW).mkdir()
     (folder / "snapshots" / NEW / "config.json").write_text(json.dumps(new_config))
     (folder / "refs").mkdir()
@@ -37,7 +38,8 @@ def add_repository(hub, name, original, new_config):
 def hub(tiny):
     """The hub's cache: base and codec as on today's hub, beside the HuBERT of the tiny checkpoint."""
     hub = tiny / "huggingface/hub"
-    add_repository(hub, BASE, tiny / "model", {"model_type": "higgs_audio_v2"})
+    for name in (BASE, TODAY):
+        add_repository(hub, name, tiny / "model", {"model_type": "higgs_audio_v2"})
     add_repository(
         hub,
         CODEC,
@@ -68,8 +70,8 @@ def trained(tiny, hub, folder):
 
 def test_the_users_command_starts_by_name_alone(trained):
     config = json.loads((trained / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == (BASE, lora.ORIGINALS[BASE])
-    assert json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert (config["base_model_name_or_path"], config["revision"]) == (BASE, lora.REVISIONS[BASE])
+    assert json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def told(tiny, hub, folder, trained):
         [
             "validate_pipeline.py",
             "--base_ckpt",
-            f"{BASE}@{lora.ORIGINALS[BASE]}",
+            f"{BASE}@{lora.REVISIONS[BASE]}",
             "--train_manifest",
             tiny / "train.json",
             "--adapter",
@@ -108,6 +110,8 @@ def told(tiny, hub, folder, trained):
         [*train, "--audio_tokenizer", f"{CODEC}@{NEW}"],
         [*train, "--base_ckpt", f"{BASE}@{'0' * 40}"],
         ["lora.py", "merge", "--base_ckpt", BASE, "--adapter", "no/adapter@v1", "--output_dir", folder / "b"],
+        ["lora.py", "merge", "--base_ckpt", TODAY, "--adapter", trained, "--output_dir", folder / "c"],
+        [*train, "--base_ckpt", f"{TODAY}@main"],
     ]
     runs = [launcher.run(*command) for command in commands]
     for revision in (EVIL_REVISION, ADAPTER_REVISION):
@@ -118,15 +122,24 @@ def told(tiny, hub, folder, trained):
 
 def test_merge_and_comparison_take_names(folder, told):
     (merged, _), (compared, losses) = told[:2]
-    assert merged == compared == 0 and "best        " in losses
+    assert merged == compared == 0 and "smallest    " in losses
     assert json.loads((folder / "a/merged/config.json").read_text())["_name_or_path"] == BASE
 
 
+def test_todays_name_means_the_same_revision(folder, told):
+    """Catches a download of the new format, 11.5 GB, before it is refused."""
+    code, output = told[6]
+    assert code == 0, output
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("a/merged", "c")]
+    assert weights[0] == weights[1]
+    assert lora.split_name(TODAY) == (TODAY, lora.REVISIONS[BASE])
+
+
 def test_the_new_format_is_refused_with_the_remedy(told):
-    for (code, output), name in zip(told[2:4], (BASE, CODEC), strict=True):
+    for (code, output), name in zip([*told[2:4], told[7]], (BASE, CODEC, BASE), strict=True):
         assert code == 1 and "Traceback" not in output
         assert re.search("in transformers' own format .*since April 2026", output)
-        assert f"{name}@{lora.ORIGINALS[name]}" in output
+        assert f"{name}@{lora.REVISIONS[name]}" in output
 
 
 def test_what_is_not_cached_is_named_with_its_revision(told):
@@ -145,5 +158,5 @@ def test_code_from_the_hub_does_not_run(folder, told):
 
 def test_a_folder_in_the_new_format_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "higgs_audio_v2_tokenizer"}')
-    with pytest.raises(PipelineError, match=f"own format.*{CODEC}@{lora.ORIGINALS[CODEC]}"):
-        lora.fetch("--audio_tokenizer", tmp_path, lora.CODEC_FILES)
+    with pytest.raises(UserError, match=f"own format.*{CODEC}@{lora.REVISIONS[CODEC]}"):
+        lora.download("--audio_tokenizer", tmp_path, lora.CODEC_FILES)

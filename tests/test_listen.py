@@ -1,6 +1,8 @@
 """validate_pipeline.py --adapter: losses, which one is best, what does it sound like."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +13,9 @@ from safetensors.torch import load_file, save_file
 import lora
 import trainer
 import validate_pipeline
-from dataset import PipelineError
+from dataset import UserError
 from tests.acceptance import loss_in_float64
-
-CPU = torch.device("cpu")
+from tests.support.batches import CPU, micro_batches
 
 
 @pytest.fixture
@@ -31,46 +32,71 @@ def adapters(tmp_path, lora_model):
 
 
 def compare(tiny, manifest, *adapters):
-    """Compare in process; torchrun's group is conftest's."""
+    """Compare in process, with conftest's group of one rank."""
     args = trainer.parse_args(
         [
             f"--train_manifest={manifest}",
             f"--base_ckpt={tiny}/model",
             f"--audio_tokenizer={tiny}/codec",
             f"--output_dir={tiny}/listen",
+            "--num_workers=0",
         ]
     )
-    args.adapter = adapters
-    validate_pipeline.compare(args, CPU)
+    validate_pipeline.compare(args, list(adapters), CPU)
+
+
+def read_losses(told):
+    """{name: [text, audio, total, codebooks ...]} of the printed table."""
+    rows = [line.split() for line in told.splitlines()]
+    is_loss = re.compile(r"-?(\d+\.\d{3}|nan|inf)").fullmatch
+    return {
+        name: list(map(float, losses))
+        for name, *losses in filter(None, rows)
+        if losses and all(map(is_loss, losses))
+    }
 
 
 def test_losses_are_the_formulas_and_the_files_are_there(tiny, adapters, open_data, entries, capsys):
     """The rows are the design's formula in float64, of base and adapter; the target's wav has its 30 frames.
 
-    Catches means of means, a base that still has an adapter on, and one that stays on.
+    Catches means of means, a base that still has an adapter on, and one that stays on; a page without a
+    player, or whose text is taken as HTML.
     """
     near, far = adapters
-    compare(tiny, tiny / "train.json", far, near)
-    told = capsys.readouterr().out.splitlines()
-    rows = {line.split()[-1]: [float(word) for word in line.split()[:-1]] for line in told if line[0] == " "}
-    assert list(rows) == ["(base)", far, near] and all(len(row) == 10 for row in rows.values())
+    spelt = json.loads(json.dumps(entries))
+    spelt[0]["messages"][1]["content"][1]["text"] += " <b>&"
+    (tiny / "spelt.json").write_text(json.dumps(spelt))
+    compare(tiny, tiny / "spelt.json", far, near)
+    told = capsys.readouterr().out
+    rows = read_losses(told)
+    assert list(rows) == ["base", "spread_0.5", "spread_0.02"] and all(
+        len(row) == 11 for row in rows.values()
+    )
     base = lora.load_base(tiny / "model", torch.float32, "cpu")
-    [(batch, _)] = open_data(entries, "--batch_size=3")[range(3), True]
+    [(batch, _)] = micro_batches(open_data(spelt, "--batch_size=3"), range(3))
     with torch.no_grad():
-        assert sum(rows["(base)"][:2]) == pytest.approx(loss_in_float64(base(**batch), batch), abs=1.1e-3)
+        assert rows["base"][2] == pytest.approx(loss_in_float64(base(**batch), batch), abs=1.1e-3)
         for name in (near, far):
-            model = lora.load_adapter(base, name)
+            model = lora.load_adapter(base, name, "unknown")
             expected = loss_in_float64(model(**batch), batch)
-            assert sum(rows[name][:2]) == pytest.approx(expected, abs=1.1e-3)  # printed to 1e-3
+            assert rows[Path(name).name][2] == pytest.approx(expected, abs=1.1e-3)  # printed to 1e-3
             model.unload()
-    assert rows["(base)"][1] == pytest.approx(sum(rows["(base)"][2:]) / 8, abs=1.1e-3)
-    best = min((near, far), key=lambda name: sum(rows[name][:2]))
-    assert f"best        {best}, by text and audio loss" in told
-    wave, rate = soundfile.read(tiny / "listen/target.wav")
-    assert rate == 24_000 and len(wave) == 30 * 960
-    for name in ("base", "adapter"):  # random models: either is fine, silence about it is not
-        [line] = [line for line in told if line.startswith(f"{name} ")]
-        assert (tiny / f"listen/{name}.wav").exists() == ("emits no audio" not in line)
+    assert rows["base"][1] == pytest.approx(sum(rows["base"][3:]) / 8, abs=1.1e-3)
+    assert rows["base"][2] == pytest.approx(sum(rows["base"][:2]), abs=1.1e-3)
+    smallest = min((near, far), key=lambda name: rows[Path(name).name][2])
+    assert f"smallest    loss: {smallest};" in told and "warning: 20 held-out entries" in told
+    better = rows["base"][2] < min(rows["spread_0.5"][2], rows["spread_0.02"][2])
+    assert ("the base's own loss is smaller" in told) == better
+    page = (tiny / "listen/index.html").read_text()
+    for entry, frames in enumerate((30, 26, 24)):
+        wave, rate = soundfile.read(tiny / f"listen/{entry}-target.wav")
+        assert rate == 24_000 and len(wave) == frames * 960
+        for name in ("target", "base", "spread_0.5", "spread_0.02"):  # random models: either is fine,
+            file = f"{entry}-{name}.wav"  # silence about it is not
+            assert (tiny / "listen" / file).exists() == (f'src="{file}"' in page)
+            assert (f"entry {entry}: no audio" in told) or (tiny / "listen" / file).exists()
+    assert "&lt;b&gt;&amp;" in page and "<b>" not in page and "<script" not in page
+    assert f"spread_0.5<br>loss {rows['spread_0.5'][2]:.3f}" in page
 
 
 def test_an_adapter_that_is_not_finite_never_wins(tiny, adapters, capsys):
@@ -80,24 +106,24 @@ def test_an_adapter_that_is_not_finite_never_wins(tiny, adapters, capsys):
         {name: tensor * (1e30 if "lora_B" in name else 1) for name, tensor in weights.items()},
         f"{adapters[1]}/adapter_model.safetensors",
     )
-    with pytest.raises(PipelineError, match="no adapter has a finite loss"):
+    with pytest.raises(UserError, match="no adapter has a finite loss"):
         compare(tiny, tiny / "train.json", adapters[1])
     compare(tiny, tiny / "train.json", adapters[1], adapters[0])
-    assert f"best        {adapters[0]}" in capsys.readouterr().out
+    assert f"smallest    loss: {adapters[0]};" in capsys.readouterr().out
 
 
 def test_fifty_entries_are_enough(tiny, adapters, capsys):
     """And without a clip in them there is nothing to encode, and no target to write."""
     entry = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]}
     (tiny / "sixty.json").write_text(json.dumps(60 * [entry]))
-    (tiny / "listen/target.wav").unlink(missing_ok=True)
+    (tiny / "listen/0-target.wav").unlink(missing_ok=True)
     compare(tiny, tiny / "sixty.json", adapters[0])
     told = capsys.readouterr().out
-    assert "of 50 entries" in told and not (tiny / "listen/target.wav").exists()
-    [row] = [line.split() for line in told.splitlines() if line.endswith("(base)")]
-    assert np.isfinite(float(row[0])) and float(row[1]) == 0  # no audio label: no audio loss
+    assert "of 50 entries" in told and not (tiny / "listen/0-target.wav").exists()
+    text, audio, *_ = read_losses(told)["base"]
+    assert np.isfinite(text) and audio == 0  # no audio label: no audio loss
 
 
 def test_what_is_wrong_is_said_by_its_flag(tiny, tmp_path):
-    with pytest.raises(PipelineError, match="--adapter .*none: no such folder"):
+    with pytest.raises(UserError, match="--adapter .*none: no such folder"):
         compare(tiny, tiny / "train.json", f"{tmp_path}/none")

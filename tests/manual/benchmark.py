@@ -6,7 +6,7 @@
                                     counts what a position of the released shape keeps for the backward pass
 
 reference: micro-batches of batch_size in file order, text logits at every position in float32, PEFT as it is.
-ours: lora.build_model and trainer.compute_gradients, on a step that StepDataset has cut in a DataLoader.
+ours: trainer.LossModel and trainer.compute_gradients, on a step that StepDataset has cut in a worker.
 Memory is what a step takes above the loaded model: peak RSS on a CPU, the allocator's peak on a GPU.
 """
 
@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import itertools
 import json
 import os
 import statistics
@@ -28,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -37,6 +35,7 @@ import dataset  # noqa: E402
 import lora  # noqa: E402
 import trainer  # noqa: E402
 from tests.support import tiny_checkpoint  # noqa: E402
+from tests.support.batches import micro_batches  # noqa: E402
 
 SHAPES = {"tiny": {}, "medium": dict(hidden=512, layers=8, vocab_size=128_256), "released": None}
 
@@ -75,8 +74,7 @@ def make_samples(folder, count, seed=0):
         text = 2 * tiny_checkpoint.TEXTS[0] * int(rng.integers(2, 5))
         entries.append(tiny_checkpoint.voice_cloning_entry(text, f"reference{i}", f"target{i}"))
         for turn in entries[-1]["messages"]:
-            turn["content"] = [turn["content"]] if isinstance(turn["content"], str) else turn["content"]
-            turn["content"] = [{"text": p} if isinstance(p, str) else p for p in turn["content"]]
+            turn["content"] = dataset.list_parts(turn["content"])
     return entries, clips
 
 
@@ -85,7 +83,7 @@ def reference_gradients(model, micro_batches, counts):
     device, sums = next(model.parameters()).device, 0.0
     bf16 = next(model.parameters()).dtype == torch.bfloat16
     for i, (batch, _) in enumerate(micro_batches):
-        batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        batch = dataset.to_tensors(batch, device)
         last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if last else model.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -188,8 +186,9 @@ def imbalance(args, ranks=8):
     rng = np.random.default_rng(1)
     lengths = 25 * (rng.triangular(2, 12, 16, 12_800) + rng.uniform(3, 8, 12_800)) + 120
     lengths, size = lengths.astype(int).tolist(), 16 * ranks
-    steps = dataset.deal_steps(lengths, size, args.seed, ranks, range(100))
-    loads = np.array([[sum(lengths[i] for i in share) for share, _ in shares] for shares in steps])
+    steps = [dataset.samples_of_step(step, len(lengths), size, args.seed) for step in range(100)]
+    shares = [dataset.split_over_ranks(samples, lengths, ranks) for samples in steps]
+    loads = np.array([[sum(lengths[i] for i in share) for share in step] for step in shares])
     return float((loads.max(1) / loads.mean(1)).mean() - 1)
 
 
@@ -201,13 +200,13 @@ def open_data(args, shape, folder, count, device, layers=28):
     return dataset.StepDataset(
         *make_samples(folder, count),
         tokenizer,
-        dataset.build_collator([], config, "true"),
+        dataset.build_collator([], config, "auto"),
         args.batch_size,
         args.max_tokens,
     )
 
 
-def forward_saving(model, text_head, batch, counts):
+def forward_saving(model, batch, counts):
     """(losses, the tensors that a forward pass keeps for the backward pass, one of each storage)."""
     saved = {}
 
@@ -216,7 +215,7 @@ def forward_saving(model, text_head, batch, counts):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = trainer.forward(model, text_head, batch, counts)
+        losses = model(batch, int(counts[0]))
     return losses, saved.values()
 
 
@@ -225,16 +224,16 @@ def count_saved(args, folder):
     args.precision, totals, cpu = "bf16", [], torch.device("cpu")
     for layers in (1, 2):
         data = open_data(args, "released", folder / str(layers), args.batch_size, cpu, layers)
-        [(batch, counts)] = data[range(args.batch_size), True]
-        model, text_head = lora.build_model(args, args.base_ckpt, cpu)
-        _, saved = forward_saving(model, text_head, batch, counts)
-        weights = {weight.data_ptr() for weight in (*model.parameters(), text_head.weight)}
+        [(batch, counts)] = micro_batches(data, range(args.batch_size))
+        model = trainer.LossModel(lora.build_model(args, folder / str(layers), cpu))
+        _, saved = forward_saving(model, batch, counts)
+        weights = {weight.data_ptr() for weight in model.parameters()}
         kept = [
             storage
             for storage in (tensor.untyped_storage() for tensor in saved)
             if storage.data_ptr() not in weights
         ]
-        totals.append(sum(storage.nbytes() for storage in kept) / counts.padded_positions)
+        totals.append(sum(storage.nbytes() for storage in kept) / counts[-1].item())
     layer = totals[1] - totals[0]
     return {
         "a position, counted": {"bytes a layer": layer, "MB in 28 layers": (totals[0] + 27 * layer) / 1e6}
@@ -242,88 +241,94 @@ def count_saved(args, folder):
 
 
 def prepare(args, shape, folder, device):
-    """(StepDataset, this rank's samples of a step, and in file order: positions with padding, batches)."""
+    """(StepDataset, this rank's samples of a step, and its micro-batches in file order)."""
     count, rank = args.batch_size * args.grad_accum, dist.get_rank()
     data = open_data(args, shape, folder, count * dist.get_world_size(), device)
     mine = list(range(rank * count, (rank + 1) * count))
-    samples = [data.sample(i) for i in mine]
-    in_order = [samples[i : i + args.batch_size] for i in range(0, count, args.batch_size)]
-    padded = sum(len(batch) * max(length for length, _ in batch) for batch in in_order)
-    return data, mine, padded, [data.collate(*zip(*batch), True) for batch in in_order]
+    plain = dataset.StepDataset(
+        data.entries, data.code_files, data.tokenizer, data.collator, args.batch_size, max_tokens=0
+    )
+    in_order = [mine[i : i + args.batch_size] for i in range(0, count, args.batch_size)]
+    return data, mine, [micro_batch for indices in in_order for micro_batch in plain[indices]]
 
 
 def distribute(model):
-    """`model` under DDP, as in trainer.main."""
+    """`model` under DDP, as in trainer.train."""
     return DistributedDataParallel(
         model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
     )
 
 
+def update(model, optimizer, schedule, max_grad_norm):
+    """Clip and apply the gradient, as in trainer.train; returns its norm."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    if norm.isfinite():
+        optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
 def our_steps(args, data, mine, device, waits):
-    """(a step as trainer.main takes it, what of it is not forward and backward, the text head's width)."""
-    model, text_head = lora.build_model(args, args.base_ckpt, device)
-    parameters, optimizer, schedule = lora.build_optimizer(model, args, 10**6, {"step": 0})
-    model = distribute(model)
-    lengths = [data.sample(i)[0] for i in range(len(data.entries))]
-    trainer.rehearse(args, model, text_head, data, lengths)
-    batches = iter(
-        DataLoader(
-            data,
-            batch_size=None,
-            sampler=itertools.repeat((mine, True)),
-            num_workers=args.num_workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=trainer.ignore_signals,
-        )
+    """(a step as trainer.train takes it, what of it is not forward and backward, the text head's width)."""
+    adapter = lora.build_model(args, Path(args.base_ckpt), device)
+    optimizer, schedule = trainer.build_optimizer(adapter, args, 10**6, {"step": 0})
+    data.max_tokens = trainer.choose_max_tokens(args, adapter, {"step": 0}, device)
+    model = distribute(trainer.LossModel(adapter))
+    trainer.run_largest(
+        model, optimizer, data, [data.load_sample(i)[0] for i in range(len(data.entries))], device
     )
+    steps = dataset.in_workers(lambda step: data[mine], range(1000), args.num_workers)
+    parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=device)
 
     def step():
         began = time.perf_counter()
-        micro_batches = next(batches)
+        micro_batches = trainer.on_all_ranks(next, steps)
         waits.append(time.perf_counter() - began)
-        counts, _ = trainer.count_all(micro_batches, False)
-        sums = trainer.compute_gradients(model, text_head, micro_batches, counts)
-        lora.update(optimizer, schedule, parameters, args.max_grad_norm)
+        counts = torch.tensor(sum(counts for _, counts in micro_batches))
+        dist.all_reduce(counts)
+        sums = trainer.compute_gradients(model, micro_batches, counts[:-2], device)
+        update(adapter, optimizer, schedule, args.max_grad_norm)
         dist.all_reduce(sums)  # from here on in logging steps alone
-        losses = sums.cpu() / counts.labels
+        losses = sums.cpu() / counts[:-2]
         return (losses[0] + losses[1:].mean()).item(), counts
 
     def beside():
-        for tensor in (torch.zeros(13), gradient, torch.zeros(9, device=device)):
+        for tensor in (torch.zeros(12), gradient, torch.zeros(9, device=device)):
             dist.all_reduce(tensor)  # of counts and the wish to stop, the gradient, losses
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        return lora.update(optimizer, schedule, parameters, args.max_grad_norm).item()
+        return update(adapter, optimizer, schedule, args.max_grad_norm)
 
-    return step, beside, text_head.out_features
+    return step, beside, model.module.text_head.out_features
 
 
 def reference_step(args, counts, obvious, device):
     """The obvious loop's optimizer step, on a model of its own."""
-    base = lora.load_base(args.base_ckpt, lora.base_dtype(args.precision, device), device)
-    plain = lora.attach(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed).train()
-    parameters, optimizer, schedule = lora.build_optimizer(plain, args, 10**6, {"step": 0})
+    base = lora.load_base(Path(args.base_ckpt), lora.base_dtype(args.precision, device), device)
+    plain = lora.attach_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed).train()
+    optimizer, schedule = trainer.build_optimizer(plain, args, 10**6, {"step": 0})
     model = distribute(plain)
 
     def step():
-        loss = reference_gradients(model, obvious, counts.labels)
-        lora.update(optimizer, schedule, parameters, args.max_grad_norm)
+        loss = reference_gradients(model, obvious, counts[:-2])
+        update(plain, optimizer, schedule, args.max_grad_norm)
         return loss, counts
 
     return step
 
 
-def summary(runs, width):
-    """Figures of one way's runs [((loss, counts), seconds, bytes)]; width: its positions with padding."""
+def summary(runs, num_samples):
+    """Figures of one way's runs [((loss, counts), seconds, bytes)]."""
     (loss, counts), _, _ = runs[0]
     seconds = statistics.median(took for _, took, _ in runs)
     return {
         "ms per step": 1e3 * seconds,
         "slowest": 1e3 * max(took for _, took, _ in runs),
-        "samples/s": counts.samples / seconds,
-        "positions/s": counts.positions / seconds,
-        "padding": 1 - counts.positions / width,
+        "samples/s": num_samples / seconds,
+        "positions/s": counts[-2].item() / seconds,
+        "padding": 1 - (counts[-2] / counts[-1]).item(),
         "first loss": loss,
         "memory above the model, GB": max(memory for *_, memory in runs) / 1e9,
     }
@@ -331,26 +336,28 @@ def summary(runs, width):
 
 def measure(args, shape, repetitions, folder):
     """{way: {figure: value}} of one optimizer step; ours and, on one rank, the reference, alternating."""
-    device, _, world_size = trainer.join_ranks()
-    data, mine, padded, obvious = prepare(args, shape, folder, device)
+    device = trainer.choose_device()
+    trainer.join_ranks(device)
+    world_size = dist.get_world_size()
+    data, mine, obvious = prepare(args, shape, folder, device)
     waits = []
     step, beside, vocab = our_steps(args, data, mine, device, waits)
     ways = {"ours": step, "beside": beside}
     if world_size == 1:
-        ways["reference"] = reference_step(args, dataset.add_up(c for _, c in obvious), obvious, device)
+        ways["reference"] = reference_step(args, torch.tensor(sum(c for _, c in obvious)), obvious, device)
     runs = {name: [] for name in ways}
     for i in range(repetitions + 1):  # the first lays out buckets and caches
         for name, function in ways.items():
             run = timed(function, device)
             print(f"{i}: {name} took {run[1]:.2f} s", file=sys.stderr)
             runs[name] += [run] if i else []
-    figures = {"ours": summary(runs["ours"], runs["ours"][0][0][1].padded_positions)}
+    figures = {"ours": summary(runs["ours"], len(mine) * world_size)}
     took = statistics.median(took for _, took, _ in runs["beside"])
     figures["ours"]["beside forward and backward"] = took / figures["ours"]["ms per step"] * 1e3
     figures["ours"]["data wait"] = statistics.median(waits[1:]) / figures["ours"]["ms per step"] * 1e3
     figures["ours"]["imbalance of 8 ranks"] = imbalance(args)
     if "reference" in ways:
-        figures["reference"] = summary(runs["reference"], padded)
+        figures["reference"] = summary(runs["reference"], len(mine))
         figures["ours over reference"] = {
             name: figures["ours"][name] / figures["reference"][name]
             for name in ("ms per step", "memory above the model, GB")
@@ -389,5 +396,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
-    trainer.leave(0)
+    trainer.run_and_exit(main)

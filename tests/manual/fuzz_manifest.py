@@ -1,4 +1,4 @@
-"""Throw manifests at the loader: nothing but PipelineError may come out, and what it takes upstream takes.
+"""Throw manifests at the loader: nothing but UserError may come out, and what it takes upstream takes.
 
     python -m tests.manual.fuzz_manifest [MINUTES]
 
@@ -17,7 +17,7 @@ from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataset import PipelineError, load_manifest
+from dataset import UserError, load_manifest
 from tests.support.tiny_checkpoint import make_tokenizer, voice_cloning_entry
 
 ANYTHING = st.recursive(
@@ -108,7 +108,7 @@ def main(minutes):
         path.write_bytes(content)
         try:
             entries = load_manifest(path)
-        except PipelineError:
+        except UserError:
             told["refused"] += 1
             return
         told["taken"] += 1

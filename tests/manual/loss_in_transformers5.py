@@ -63,37 +63,42 @@ def our_half(folder):
     import lora
     import trainer
     from tests.support import tiny_checkpoint
+    from tests.support.batches import micro_batches
 
     tiny_checkpoint.make_model(folder / "model")
     rng = np.random.default_rng(0)
     for name, length in CLIP_LENGTHS.items():
         np.save(folder / f"{name}.npy", rng.integers(0, 1024, (8, length)))  # (num_codebooks, frames)
     entries = make_entries(folder)
-    assert not [problem for entry in entries for problem in dataset.check_entry(entry, folder)]
+    assert not [problem for entry in entries for problem in dataset.check_entry(entry, str(folder))]
+    for entry in entries:
+        dataset.complete_in_place(entry, str(folder))
     clips = {path: path for entry in entries for _, path in dataset.clips_of(entry)}
     config, tokenizer = lora.open_base(folder / "model")
-    collator = dataset.build_collator([], config, "true")
+    collator = dataset.build_collator([], config, "auto")
     data = dataset.StepDataset(entries, clips, tokenizer, collator, batch_size=len(entries), max_tokens=None)
 
-    model = lora.attach(lora.load_base(folder / "model", torch.float32, "cpu"), 8, 16, 0.0, seed=0).eval()
+    model = lora.attach_lora(
+        lora.load_base(folder / "model", torch.float32, "cpu"), 8, 16, 0.0, seed=0
+    ).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    text_head = lora.take_text_head(model.get_base_model())
-    [(batch, counts)] = data[range(len(entries)), True]
+    [(batch, counts)] = micro_batches(data, range(len(entries)))
+    loss_model = trainer.LossModel(model)
     with torch.no_grad():
         outputs = model(**batch)
-        trained = trainer.loss_sums(outputs, batch, counts, text_head) / counts.labels  # (1 + num_codebooks,)
         labels = batch["label_audio_ids"]
+        trained = loss_model.sum_losses(outputs, labels, int(counts[0])) / counts[:-2]  # (1 + num_codebooks,)
         labels[labels == EOS] = -100
-        sums = trainer.loss_sums(outputs, batch, counts, text_head)[1:]
+        sums = loss_model.sum_losses(outputs, labels, int(counts[0]))[1:]
     codebooks = sums / (labels[:, 1:] != -100).sum(1)  # (num_codebooks,)
 
-    model.get_base_model().audio_decoder_proj.text_lm_head = text_head
+    model.get_base_model().audio_decoder_proj.text_lm_head = loss_model.text_head
     model.merge_and_unload().save_pretrained(folder / "merged")
     tokenizer.save_pretrained(folder / "merged")
     fields = ("input_ids", "label_ids", "audio_ids_concat", "audio_ids_start")
-    samples = [vars(data.sample(i)[1]) for i in range(len(entries))]
+    samples = [vars(data.load_sample(i)[1]) for i in range(len(entries))]
     torch.save([{field: sample[field] for field in fields} for sample in samples], folder / "samples.pt")
     return trained[0].item(), codebooks.sum().item(), trained[1:].mean().item()
 

@@ -5,6 +5,7 @@ A start takes a second instead of ten. What a child prints, and its exit code, a
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = """
 import gc, json, os, runpy, signal, sys
-import librosa, matplotlib.pyplot, validate_pipeline
+import librosa, validate_pipeline
 librosa.load, librosa.effects.trim  # imported when they are named: seconds of numba and scipy
 gc.freeze()  # no collection looks at what was imported, nor copies its memory in a child
 for line in sys.stdin:
@@ -37,18 +38,27 @@ for line in sys.stdin:
 
 
 @functools.cache
-def start():
-    """The process that has done the imports."""
+def start(cuda=False):
+    """The process that has done the imports. With `cuda` its children can call cuda_on_cpu.install()."""
+    source, environment = SERVER, dict(os.environ)
+    if cuda:
+        source = f"import tests.support.cuda_on_cpu  # before torch\n{SERVER}"
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
     return subprocess.Popen(
-        [sys.executable, "-c", SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", source],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
-def run(program, *options, cwd=ROOT):
+def run(program, *options, cwd=ROOT, cuda=False):
     """`python program options`, a file of the repository or -c and code: subprocess.CompletedProcess."""
     if program != "-c":
         program = ROOT / program
-    command, server = list(map(str, [program, *options])), start()
+    command, server = list(map(str, [program, *options])), start(cuda)
     with tempfile.TemporaryDirectory() as folder:
         server.stdin.write(json.dumps([command, str(cwd), folder]) + "\n")
         server.stdin.flush()

@@ -1,4 +1,4 @@
-"""Run trainer.main on so many forked ranks; under torchrun each of them would first import, for seconds.
+"""Run trainer.train on so many forked ranks; under torchrun each of them would first import, for seconds.
 
     python -m tests.support.ranks '{"2": [["--train_manifest=train.json", "--output_dir=out"]]}'
 
@@ -27,15 +27,15 @@ def run_rank(rank, world_size, port, runs):
         MASTER_PORT=port,
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
-    group = trainer.join_ranks()
-    trainer.join_ranks = lambda: group  # a process can join only once: the runs share the group
-    try:
-        for flags in runs:
-            trainer.main(trainer.parse_args(flags))
-    except Exception:
-        trainer.fail(*sys.exc_info())  # as sys.excepthook does: at once, not waiting for workers
-    dist.destroy_process_group()
-    trainer.leave(0)
+    trainer.run_and_exit(train_all, runs)
+
+
+def train_all(runs):
+    """The runs, one after the other. A process can join its group only once: they share it."""
+    trainer.join_ranks(trainer.choose_device())
+    trainer.join_ranks = lambda device: None
+    for flags in runs:
+        trainer.train(trainer.parse_args(flags))
 
 
 for world_size, runs in json.loads(sys.argv[1]).items():
