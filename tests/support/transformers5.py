@@ -40,6 +40,15 @@ TEXT_SETTINGS = (
     "rms_norm_eps",
     "max_position_embeddings",
 )
+# Settings of a base that are the same numbers in both formats, {the port's name: boson's}
+BASE_SETTINGS = {
+    "num_codebooks": "audio_num_codebooks",
+    "audio_token_id": "audio_out_token_idx",
+    "audio_bos_token_id": "audio_out_bos_token_id",
+    "audio_stream_bos_id": "audio_stream_bos_id",
+    "audio_stream_eos_id": "audio_stream_eos_id",
+    "pad_token_id": "pad_token_id",
+}
 
 # Stands in for the template that comes with the hub's base, out of reach here: like that one it leaves out
 # the reference of a user's turn
@@ -70,6 +79,15 @@ def install(version, folder):
         sys.exit(f"{done.stderr}\nFAILED: cannot install transformers {version}; is a registry in reach?")
 
 
+def run(*command, hub):
+    """Run a command as a user would, with the HuBERT in the folder `hub`; shown where it fails."""
+    environment = os.environ | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"FAILED: {' '.join(command)}\n{done.stdout}\n{done.stderr}")
+
+
 def run_beside(folder, module, *arguments):
     """Run a module of tests with the packages in `folder` before ours; its failure is ours."""
     environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
@@ -77,6 +95,16 @@ def run_beside(folder, module, *arguments):
     done = subprocess.run(command, cwd=ROOT, env=environment)
     if done.returncode:
         sys.exit(done.returncode)
+
+
+def print_rows(rows):
+    """Print (name, passed, figure) rows; returns the names of those that failed."""
+    failed = []
+    for name, passed, figure in rows:
+        print(f"{'pass' if passed else 'FAIL'}  {name}: {figure}", flush=True)
+        if not passed:
+            failed.append(name)
+    return failed
 
 
 def base_name(name):
@@ -94,15 +122,10 @@ def base_config(settings, delay_token_id, eos_token_id):
     text = settings["text_config"]
     return HiggsAudioV2Config(
         **{name: text[name] for name in TEXT_SETTINGS},
+        **{port: settings[boson] for port, boson in BASE_SETTINGS.items()},
         rope_parameters={**text["rope_scaling"], "rope_theta": text["rope_theta"]},
-        num_codebooks=settings["audio_num_codebooks"],
-        codebook_size=settings["audio_codebook_size"] + 2,
-        audio_token_id=settings["audio_out_token_idx"],
+        codebook_size=settings["audio_codebook_size"] + 2,  # the port counts the marks for begin and end
         audio_delay_token_id=delay_token_id,
-        audio_bos_token_id=settings["audio_out_bos_token_id"],
-        audio_stream_bos_id=settings["audio_stream_bos_id"],
-        audio_stream_eos_id=settings["audio_stream_eos_id"],
-        pad_token_id=settings["pad_token_id"],
         eos_token_id=eos_token_id,
     )
 
@@ -154,7 +177,7 @@ def without_weight_norm(weights):
     for name, value in weights.items():
         if name.endswith(".weight_g"):
             direction = weights[name.replace(".weight_g", ".weight_v")]  # (out, in, kernel)
-            merged[name.removesuffix("_g")] = direction * value / direction.norm(dim=(1, 2), keepdim=True)
+            merged[name.removesuffix("_g")] = torch._weight_norm(direction, value, 0)  # as its class does
         elif not name.endswith(".weight_v"):
             merged[name] = value
     return merged
@@ -203,3 +226,10 @@ def convert(folder):
         sound, tokenizer, codec, chat_template=STOCK_TEMPLATE, audio_delay_token=DELAY_TOKEN
     )
     processor.save_pretrained(target)
+
+
+if __name__ == "__main__":
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    convert(Path(sys.argv[1]).resolve())
