@@ -4,16 +4,16 @@
 
 DIR is what `validate_pipeline.py --keep DIR` left; DIR/transformers5 is added to it. Without it a tiny
 checkpoint is made and an adapter trained first. What the README says of transformers 5 is then run with the
-README's own lines: they speak each entry, and merge. The last rows make a mistake in them on purpose, which
-must show. Exit code 1 where a row fails. Two other processes do the work, in a folder where `tiny` is DIR:
-"boson" with boson_multimodal, "port" with transformers 5 (tests/support/transformers5.py).
+README's own lines: they speak each entry, and merge. So is a second adapter, trained on replies that have a
+text before their clip. The last rows make a mistake in the lines on purpose, which must show. Exit code 1
+where a row fails. Two other processes do the work, in a folder where `tiny` is DIR: "boson" with
+boson_multimodal, "port" with transformers 5 (tests/support/transformers5.py).
 """
 
 import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import transformers5
+from tests.support.transformers5 import print_rows, run
 
 ROOT = transformers5.ROOT
 BOS, EOS = 1024, 1025  # audio_stream_bos_id, audio_stream_eos_id
@@ -40,49 +41,49 @@ OTHER_LAYOUT = {
 }
 
 
-def run(*command, hub):
-    """Run a command as a user would, with the tiny HuBERT in the folder `hub`; shown where it fails."""
-    environment = os.environ | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"FAILED: {' '.join(command)}\n{done.stdout}\n{done.stderr}")
-
-
 def make_tiny(folder):
     """A tiny checkpoint in `folder`, and in folder/out an adapter that knows its three entries by heart."""
     hub = folder / "huggingface"
     folder.mkdir()
     run("-m", "tests.support.tiny_checkpoint", folder, hub=hub)
-    run(
-        "trainer.py",
-        "--train_manifest",
-        folder / "train.json",
-        "--base_ckpt",
-        folder / "model",
-        "--audio_tokenizer",
-        folder / "codec",
-        "--output_dir",
-        folder / "out",
-        "--lora_dropout",
-        0,
-        "--lr",
-        5e-3,
-        "--batch_size",
-        3,
-        "--grad_accum",
-        1,
-        "--max_steps",
-        80,
-        "--save_steps",
-        80,
-        hub=hub,
+    train(folder, folder / "train.json", folder / "out", steps=80)
+
+
+def train(folder, manifest, output_dir, steps):
+    """Train an adapter on the tiny checkpoint in `folder` until it knows three entries by heart."""
+    paths = [
+        f"--train_manifest={manifest}",
+        f"--base_ckpt={folder}/model",
+        f"--audio_tokenizer={folder}/codec",
+        f"--output_dir={output_dir}",
+    ]
+    flags = (
+        f"--lora_dropout=0 --lr=5e-3 --batch_size=3 --grad_accum=1 --max_steps={steps} --save_steps={steps}"
     )
+    run("trainer.py", *paths, *flags.split(), hub=folder / "huggingface")
 
 
-def read_entries():
-    """The manifest's entries, their clips' paths as from this folder."""
-    entries = json.loads(Path("tiny/train.json").read_text(encoding="utf-8"))
+def text_then_clip(entry):
+    """The entry in a layout whose reply is the text, and then its clip."""
+    _, asked, answered = entry["messages"]
+    clip, text = asked["content"]
+    transcript = {"type": "text", "text": "أين تقع المكتبة؟"}
+    instruction = {
+        "type": "text",
+        "text": f"Please generate speech in reference audio's voice: {text['text']}",
+    }
+    return {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "You are a helpful assistant."}]},
+            {"role": "user", "content": [transcript, clip, instruction]},
+            {"role": "assistant", "content": [text, *answered["content"]]},
+        ]
+    }
+
+
+def read_entries(work=Path()):
+    """The manifest's entries, their clips' paths as from the folder `work`."""
+    entries = json.loads((work / "tiny/train.json").read_text(encoding="utf-8"))
     for entry in entries:
         for turn in entry["messages"]:
             for part in turn["content"]:
@@ -91,26 +92,38 @@ def read_entries():
     return entries
 
 
-def boson_half():
-    """Write what upstream's engine makes of each entry: its target's codes, and logits with the adapter."""
+def expect(engine, adapter, entries):
+    """What upstream's engine makes of each entry: its target's codes, and logits with the adapter."""
     import librosa
-    from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
-    from loguru import logger
     from peft import PeftModel
 
-    logger.disable("boson_multimodal")  # it tells each of its steps
-    engine = HiggsAudioServeEngine("tiny/model", "tiny/codec", device="cpu", torch_dtype=torch.float32)
-    engine.collator.return_audio_in_tokens = True
-    model = PeftModel.from_pretrained(engine.model, "tiny/out").eval()
+    model = PeftModel.from_pretrained(engine.model, adapter).eval()
     expected = []
-    for entry in [*read_entries(), OTHER_LAYOUT]:
-        [reply] = entry["messages"][-1]["content"]
-        wave, rate = librosa.load(reply["audio_url"], sr=engine.audio_tokenizer.sampling_rate)
+    for entry in entries:
+        target = entry["messages"][-1]["content"][-1]
+        wave, rate = librosa.load(target["audio_url"], sr=engine.audio_tokenizer.sampling_rate)
         codes = engine.audio_tokenizer.encode(wave, rate).squeeze(0)  # (num_codebooks, T)
         with torch.no_grad():
             logits = model(**engine._prepare_inputs(entry)).audio_logits  # (frames, num_codebooks, 1026)
         delayed = codes.shape[1] + len(codes) + 1  # BOS and EOS added, and the last codebook's delay
         expected.append({"codes": codes, "logits": logits[-delayed:].flatten(1)})
+    model.unload()
+    return expected
+
+
+def boson_half():
+    """Write what upstream's engine expects of both adapters."""
+    from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
+    from loguru import logger
+
+    logger.disable("boson_multimodal")  # it tells each of its steps
+    engine = HiggsAudioServeEngine("tiny/model", "tiny/codec", device="cpu", torch_dtype=torch.float32)
+    engine.collator.return_audio_in_tokens = True
+    entries = read_entries()
+    expected = {
+        "clip": expect(engine, "tiny/out", [*entries, OTHER_LAYOUT]),
+        "text, then clip": expect(engine, "text_then_clip", map(text_then_clip, entries)),
+    }
     torch.save(expected, "expected.pt")
 
 
@@ -221,6 +234,51 @@ def check_merge(spoken):
     yield "Merge", passed, f"{same} of {len(ours)} weights bit-equal to those of lora.py merge"
 
 
+def speak_replies(script, entries, begun):
+    """(the README's names, [(codes, whether the clip ended by itself)]) of the text_then_clip adapter.
+
+    The adapter expects a text before the clip, and the port speaks at once. If `begun`, the prompt therefore
+    ends with an assistant turn that has the text and is not finished.
+    """
+    script = edited(script, '"tiny/out"', '"text_then_clip"')
+    spoken = speak(script)
+    answers = []
+    for entry in map(text_then_clip, entries):
+        *spoken["prompt"], reply = port_messages(entry)
+        if begun:
+            spoken["prompt"].append({"role": "assistant", "content": reply["content"][:1]})
+        exec(script[script.index("inputs = processor") :], spoken)
+        answers.append(generated_codes(spoken))
+    return spoken, answers
+
+
+def check_text_then_clip(script, entries, expected):
+    """The row of the text_then_clip adapter, with the text given."""
+    spoken, answers = speak_replies(script, entries, begun=True)
+    shares, errors = [], []
+    for entry, (codes, _), target in zip(entries, answers, expected, strict=True):
+        shares.append(share(codes, target["codes"]))
+        messages = port_messages(text_then_clip(entry))
+        errors.append(difference(reply_logits(spoken, messages), target["logits"]))
+    stops = sum(stopped for _, stopped in answers)
+    told = ", ".join(f"{same:.1%}" for same in shares)
+    figure = f"{told} of the codes, {stops} of {len(answers)} stop; logits {max(errors):.1e} off at most"
+    passed = min(shares) == 1 and stops == len(answers) and max(errors) < TOLERANCE
+    yield "Text, then clip", passed, figure
+
+
+def check_text_left_out(script, entries, expected):
+    """The row of the text_then_clip adapter without the text: passed where a clip is not its target."""
+    _, answers = speak_replies(script, entries, begun=False)
+    shares = []
+    for (codes, _), target in zip(answers, expected, strict=True):
+        frames = min(codes.shape[1], target["codes"].shape[1])
+        same = codes[:, :frames] == target["codes"][:, :frames]
+        shares.append(same.sum().item() / target["codes"].numel())
+    told = ", ".join(f"{same:.1%}" for same in shares)
+    yield "The text before the clip left out", min(shares) < 0.5, f"{told} of the codes"
+
+
 def raised(script):
     """(whether running the lines raises ValueError, what it says)."""
     try:
@@ -250,27 +308,20 @@ def port_half():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers5.convert(Path("tiny").resolve())
-    entries, expected = read_entries(), torch.load("expected.pt")
+    entries, both = read_entries(), torch.load("expected.pt")
+    expected = both["clip"]
     script = readme_script("save_audio")
     spoken = speak(script)
     print(f"transformers {transformers.__version__}, an adapter that boson_multimodal trained:", flush=True)
     failed = print_rows(check_entries(script, entries, expected[:-1]))
     failed += print_rows(check_other_layout(spoken, expected[-1]))
     failed += print_rows(check_merge(spoken))
+    failed += print_rows(check_text_then_clip(script, entries, both["text, then clip"]))
     print("and with a mistake in the README's lines, which must show:", flush=True)
     failed += print_rows(check_mistakes(script, entries[0], expected[0]))
+    failed += print_rows(check_text_left_out(script, entries, both["text, then clip"]))
     if failed:
         sys.exit(f"FAILED: {', '.join(failed)}")
-
-
-def print_rows(rows):
-    """Print (name, passed, figure) rows; returns the names of those that failed."""
-    failed = []
-    for name, passed, figure in rows:
-        print(f"{'pass' if passed else 'FAIL'}  {name}: {figure}", flush=True)
-        if not passed:
-            failed.append(name)
-    return failed
 
 
 def main():
@@ -288,18 +339,17 @@ def main():
             make_tiny(folder)
         (work / "tiny").symlink_to(folder.resolve())
         hub = folder.resolve() / "huggingface"
+        entries = [text_then_clip(entry) for entry in read_entries(work)]
+        manifest = work / "text_then_clip.json"
+        manifest.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+        train(work / "tiny", manifest, work / "text_then_clip", steps=100)
         run("-m", "tests.manual.adapter_in_transformers5", "boson", work, hub=hub)
-        run(
-            "lora.py",
-            "merge",
-            "--base_ckpt",
-            work / "tiny/model",
-            "--adapter",
-            work / "tiny/out",
-            "--output_dir",
-            work / "merged",
-            hub=hub,
-        )
+        merge = [
+            f"--base_ckpt={work}/tiny/model",
+            f"--adapter={work}/tiny/out",
+            f"--output_dir={work}/merged",
+        ]
+        run("lora.py", "merge", *merge, hub=hub)
         transformers5.run_beside(work / "packages", "tests.manual.adapter_in_transformers5", "port", work)
 
 
