@@ -231,6 +231,12 @@ def clips_of(entry: dict) -> list[tuple]:
     return [(role, part["audio_url"]) for role, part in parts if part["type"] == "audio"]
 
 
+def texts_of(entry: dict) -> str:
+    """All texts of a loaded entry, in order, with blanks between."""
+    parts = [part for turn in entry["messages"] for part in turn["content"]]
+    return " ".join(part["text"] for part in parts if part["type"] == "text")
+
+
 def codec_fingerprint(folder: Path) -> str:
     """What tells two codecs apart. Raises UserError where `folder` holds none.
 
@@ -527,10 +533,9 @@ def estimate_lengths(data: StepDataset) -> list[int]:
         columns[path] = codes.shape[1] + len(codes) + 1  # BOS, EOS, delay
     lengths = []
     for entry in data.entries:
-        texts = [part.get("text", "") for turn in entry["messages"] for part in turn["content"]]
         roles = ("assistant", "user", "system") if data.collator.return_audio_in_tokens else ("assistant",)
         heard = sum(columns[path] for role, path in clips_of(entry) if role in roles)
-        lengths.append(heard + 6 * len(entry["messages"]) + len("".join(texts).encode()) // 3)
+        lengths.append(heard + 6 * len(entry["messages"]) + len(texts_of(entry).encode()) // 3)
     return lengths
 
 

@@ -12,6 +12,7 @@ import argparse
 import html
 import re
 import time
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,11 +29,9 @@ from tqdm import tqdm
 import dataset
 import lora
 import trainer
-from dataset import UserError
 from tests import acceptance
 
-FRAME_RATE = 25  # of the codec, 1/s
-SAMPLE_RATE = 24_000  # of the codec, 1/s
+FRAME_RATE, SAMPLE_RATE = 25, 24_000  # of the codec, 1/s
 # What is not of a text: lost characters, control characters, HTML, UTF-8 that was read as Latin-1
 ODD_TEXT = re.compile(r"\ufffd|[\x00-\x08\x0b-\x1f]|&(?:#\d+|[a-z]+);|[\xc3\xd8\xd9][\x80-\xbf]")
 REPLIES = {  # kinds of replies, and what an engine must do for them
@@ -46,20 +45,12 @@ def report(name: str, text) -> None:
     print(f"{name:<11} {text}", flush=True)
 
 
-def format_seconds(seconds: float) -> str:
-    """A time in the unit that suits it."""
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.1f} seconds"
-
-
 def split_clips(entry: dict) -> tuple[list[str], list[tuple[list[str], str, str]]]:
     """(paths of its references, [(paths of a trained turn, the text before it, its own text), ...])."""
     references, targets, said = [], [], ""
     for i, turn in enumerate(entry["messages"]):
         paths = [path for _, path in dataset.clips_of({"messages": [turn]})]
-        text = " ".join(part["text"] for part in turn["content"] if part["type"] == "text")
+        text = dataset.texts_of({"messages": [turn]})
         if turn["role"] == "assistant" and i >= (entry.get("start_index") or 0):
             targets.append((paths, said, text))
         else:
@@ -71,9 +62,7 @@ def split_clips(entry: dict) -> tuple[list[str], list[tuple[list[str], str, str]
 def describe_data(data: dataset.StepDataset, frames: dict[str, int]) -> None:
     """Report entries, clips and hours, the kinds of replies, and whether references are heard."""
     masked = sum(1 for entry in data.entries if entry.get("start_index"))
-    report(
-        "entries", f"{len(data.entries):,} ({masked:,} with a start_index), {len(frames):,} distinct clips"
-    )
+    report("entries", f"{len(data.entries):,} ({masked:,} with start_index), {len(frames):,} distinct clips")
     clips, kinds, heard = {"references": set(), "targets": set()}, dict.fromkeys(REPLIES, 0), set()
     for entry in data.entries:
         references, targets = split_clips(entry)
@@ -87,8 +76,8 @@ def describe_data(data: dataset.StepDataset, frames: dict[str, int]) -> None:
         for paths, _, _ in targets:
             clips["targets"].update(paths)
     for name, paths in clips.items():
-        seconds = sum(frames[path] for path in paths) / FRAME_RATE
-        report(name, f"{format_seconds(seconds)} in {len(paths):,} distinct clips")
+        length = timedelta(seconds=sum(frames[path] for path in paths) // FRAME_RATE)
+        report(name, f"{length} (h:mm:ss) in {len(paths):,} distinct clips")
     for kind, number in kinds.items():
         if number:
             report("replies", f"{number:,} of {kind}: {REPLIES[kind]}")
@@ -105,10 +94,7 @@ def describe_target(data: dataset.StepDataset) -> None:
     answered = (labels != -100) | (ids == data.collator.audio_out_token_id)
     report("entry 0", f"is given {data.tokenizer.decode(ids[:start])!r}")
     trained = data.tokenizer.decode(ids[start:][answered[start:]])
-    text, frames, codebooks = counts[0], counts[1], data.collator.audio_num_codebooks
-    report(
-        "", f"and trained on {trained!r}: {text} labels of text, {frames} in each of {codebooks} codebooks"
-    )
+    report("", f"and trained on {trained!r}: {counts[0]} labels of text, {counts[1]} in each codebook")
 
 
 def find_odd_texts(entries: list[dict], frames: dict[str, int]) -> list[tuple[str, str]]:
@@ -119,10 +105,7 @@ def find_odd_texts(entries: list[dict], frames: dict[str, int]) -> list[tuple[st
         spoken = [path for paths, _, _ in targets for path in paths]
         for path in sorted(set(references) & set(spoken)):
             found.append((f"entry {i}", f"{path} is both reference and target"))
-        texts = [
-            part["text"] for turn in entry["messages"] for part in turn["content"] if part["type"] == "text"
-        ]
-        if odd := ODD_TEXT.search(" ".join(texts)):
+        if odd := ODD_TEXT.search(dataset.texts_of(entry)):
             found.append((f"entry {i}", f"its text has {odd[0]!r}, which looks like a fault of its file"))
         if spoken:
             characters = sum(len(f"{said} {text}".strip()) for paths, said, text in targets if paths)
@@ -161,9 +144,7 @@ def time_largest(args, data, base: Path, lengths: list[int], device: torch.devic
     trainable = [parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad]
     report("trainable", f"{sum(trainable):,} parameters")
     data.max_tokens = trainer.choose_max_tokens(args, adapter, {"step": 0}, device)
-    model = DDP(
-        trainer.LossModel(adapter), broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
-    )
+    model = DDP(trainer.LossModel(adapter), gradient_as_bucket_view=True)
     optimizer, _ = trainer.build_optimizer(adapter, args, 1, {"step": 0})
     batch, counts = trainer.run_largest(model, optimizer, data, lengths, device)
     if device.type == "cuda":
@@ -194,12 +175,9 @@ def preflight(args: argparse.Namespace, device: torch.device) -> None:
     seconds = sum(lengths) * time_largest(args, data, base, lengths, device)
     samples = args.batch_size * args.grad_accum
     for gpus in (1, 8):
-        steps = len(lengths) / samples / gpus
-        report(
-            f"{gpus} GPU(s)",
-            f"like {device}: {steps:,.1f} optimizer steps an epoch of {samples * gpus} samples; "
-            f"about {format_seconds(seconds / gpus)}, by the time of the largest micro-batch",
-        )
+        steps = f"{len(lengths) / samples / gpus:,.1f} optimizer steps an epoch of {samples * gpus} samples"
+        took = f"about {timedelta(seconds=round(seconds / gpus))}, by the time of the largest micro-batch"
+        report(f"{gpus} GPU(s)", f"like {device}: {steps}; {took}")
     if odd:
         print(f"worth a look, though all of it would train: {len(odd)}, the first of them")
         for where, what in odd[:20]:
@@ -207,9 +185,7 @@ def preflight(args: argparse.Namespace, device: torch.device) -> None:
     print("ready for trainer.py with the same options")
 
 
-def mean_losses(
-    model: trainer.LossModel, data: dataset.StepDataset, device: torch.device
-) -> dict[str, float]:
+def mean_losses(model, data: dataset.StepDataset, device: torch.device) -> dict[str, float]:
     """Teacher-forced losses of all entries, by name: text, audio, total, and each codebook's."""
     sums, counts = 0, 0
     with torch.no_grad():
@@ -237,22 +213,16 @@ def write_audio(args, data, base: Path, codec: Path, adapters: dict[str, str], d
         for i, entry in enumerate(data.entries[:3]):
             turns = entry["messages"]
             reply = max(k for k, turn in enumerate(turns) if turn["role"] == "assistant")
-            text = " ".join(
-                part["text"] for turn in turns for part in turn["content"] if part["type"] == "text"
-            )
-            reason = "it has no clip"
-            row = rows.setdefault(f"entry {i}", {"text": html.escape(text)})
+            row = rows.setdefault(f"entry {i}", {"text": html.escape(dataset.texts_of(entry))})
+            wave, reason = None, "the entry has no clip"
             file = args.output_dir / f"{i}-{name}.wav"
             file.unlink(missing_ok=True)  # of an earlier comparison
             if name == "target":
-                paths = [path for _, path in dataset.clips_of({"messages": turns[reply:]})]
-                codes = [
-                    torch.tensor(dataset.load_codes(data.code_files[path])).long()[None] for path in paths
-                ]
-                waves = [
-                    engine.audio_tokenizer.decode(one)[0, 0] for one in codes
-                ]  # (1, num_codebooks, T) each
-                wave = np.concatenate(waves) if waves else None
+                for _, path in dataset.clips_of({"messages": turns[reply:]})[:1]:
+                    codes = torch.tensor(
+                        dataset.load_codes(data.code_files[path])
+                    ).long()  # (num_codebooks, T)
+                    wave = engine.audio_tokenizer.decode(codes[None])[0, 0]  # (samples,)
             else:
                 limit = min(1024, 2 * data.load_sample(i)[0])  # babble ends at twice the length
                 try:
@@ -260,13 +230,11 @@ def write_audio(args, data, base: Path, codec: Path, adapters: dict[str, str], d
                 except torch.OutOfMemoryError:
                     raise
                 except (IndexError, RuntimeError) as error:  # upstream's, where no audio came out
-                    wave, reason = None, error
-            row[name] = (
-                f'<audio controls src="{quote(file.name)}"></audio>' if wave is not None else "no audio"
-            )
-            told = f"no audio: {reason}"
+                    reason = error
+            row[name], told = "no audio", f"no audio: {reason}"
             if wave is not None:
                 soundfile.write(file, wave, SAMPLE_RATE)
+                row[name] = f'<audio controls src="{quote(file.name)}"></audio>'
                 told = f"{file}, {len(wave) / SAMPLE_RATE:.1f} s"
             report(name, f"entry {i}: {told}")
         engine.model = base_model if name not in adapters else engine.model.unload()
@@ -297,7 +265,7 @@ def compare(args: argparse.Namespace, names: list[str], device: torch.device) ->
         print("warning: 20 held-out entries or more tell more than chance")
     finite = table["total"].drop("base")[np.isfinite(table["total"].drop("base"))]
     if finite.empty:
-        raise UserError("no adapter has a finite loss; take an earlier checkpoint, or lower --lr")
+        raise dataset.UserError("no adapter has a finite loss; take an earlier checkpoint, or lower --lr")
     report("smallest", f"loss: {adapters[finite.idxmin()]}; listen before you choose")
     if not finite.min() < table["total"]["base"]:
         print("warning: the base's own loss is smaller than each adapter's")
@@ -305,7 +273,8 @@ def compare(args: argparse.Namespace, names: list[str], device: torch.device) ->
     args.output_dir.mkdir(parents=True, exist_ok=True)
     players = write_audio(args, data, base, codec, adapters, device)
     heads = {name: f"{html.escape(name)}<br>loss {table['total'][name]:.3f}" for name in losses}
-    page = players.rename(columns=heads).to_html(escape=False)
+    with pd.option_context("display.max_colwidth", None):  # it cuts long cells off
+        page = players.rename(columns=heads).to_html(escape=False)
     (args.output_dir / "index.html").write_text(f'<meta charset="utf-8">\n{page}', encoding="utf-8")
     report("listen", f"open {args.output_dir}/index.html")
 
@@ -316,17 +285,13 @@ def main() -> None:
     parser.add_argument("--adapter", nargs="+", help="trainer.py's --output_dir, or checkpoints")
     own, options = parser.parse_known_args()
     if not options and not own.adapter:
-        acceptance.accept(own.keep)
-        return
+        return acceptance.accept(own.keep)
     args = trainer.parse_args(["--output_dir=listen", *options])
 
     def run():
         device = trainer.choose_device()
         trainer.join_ranks(device)
-        if own.adapter:
-            compare(args, own.adapter, device)
-        else:
-            preflight(args, device)
+        return compare(args, own.adapter, device) if own.adapter else preflight(args, device)
 
     trainer.run_and_exit(run)
 

@@ -302,6 +302,20 @@ def test_damaged_and_lost_codes_are_named(open_data, entries):
     assert open_data(entries).code_files == data.code_files and file.read_bytes() == content
 
 
+def test_codes_that_the_base_does_not_have(open_data, entries):
+    """A codec with more rows in a codebook than the base: its codes would be read as marks of a stream."""
+    data = open_data(entries)
+    file = next(iter(data.code_files.values()))
+    content, codes = file.read_bytes(), np.load(file)
+    codes[0, 0] = 1024
+    np.save(file, codes)
+    with pytest.raises(
+        UserError, match="differ in codebooks: .* has 8, codes to 1024; the base has 8, codes below"
+    ):
+        dataset.estimate_lengths(data)
+    file.write_bytes(content)
+
+
 def test_clips_are_dealt_by_size_and_links_share_the_codes(tiny, tmp_path):
     """Ranks take every n-th of a list from large to small: equal shares, each clip once."""
     for i in range(4):

@@ -1,5 +1,6 @@
 """What --output_dir holds: claimed, whole or absent, refused where it is damaged or another run's."""
 
+import errno
 import json
 import os
 import re
@@ -98,6 +99,23 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     other.kill()  # however it ends, the lock is free
     other.wait()
     assert lora.open_output(tmp_path, "auto") is None
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    """Catches "another run is in it", which no one can mend."""
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lora.fcntl, "lockf", lockf)
+    with pytest.warns(UserWarning, match="has no locks: make sure that no other run is in it"):
+        assert lora.open_output(tmp_path, "auto") is None
+
+
+def test_an_older_checkpoint_that_is_a_link_does_not_stop_the_save(saved, lora_model, optimizer):
+    (saved.parent / "checkpoint-3").symlink_to(saved)
+    lora.save_checkpoint(lora_model, optimizer, RUN, flags(saved.parent), step=6)
+    assert (saved.parent / "checkpoint-3").is_symlink() and (saved.parent / "checkpoint-6").exists()
 
 
 @pytest.mark.parametrize("folder", ["/dev/null/out", "/proc/self"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import validate_pipeline
 from tests.support import launcher
 from tests.support.tiny_checkpoint import TEXTS, speech_like, voice_cloning_entry
 
@@ -60,9 +61,9 @@ def test_what_the_data_holds_and_what_is_doubtful(tiny, doubtful):
     lines = told.splitlines()
     assert code == 0, told
     for line in (
-        "entries     8 (1 with a start_index), 7 distinct clips",
-        "references  1.8 seconds in 2 distinct clips",
-        "targets     6.6 seconds in 6 distinct clips",
+        "entries     8 (1 with start_index), 7 distinct clips",
+        "references  0:00:01 (h:mm:ss) in 2 distinct clips",
+        "targets     0:00:06 (h:mm:ss) in 6 distinct clips",
     ):
         assert line in lines
     assert re.search(r"(?m)^device: cpu \(.* threads\), base in torch.float32, max_tokens automatic$", told)
@@ -97,6 +98,23 @@ def test_what_the_data_holds_and_what_is_doubtful(tiny, doubtful):
     assert not doubts and lines[-1] == "ready for trainer.py with the same options"
 
 
+@pytest.mark.parametrize("text", ["lost \ufffd", "a\x00b", "you &amp; me", "&#39;", "ØµØ¨Ø§Ø\xad", "cafÃ©"])
+def test_odd_texts(text):
+    """Lost characters, control characters, HTML, UTF-8 that was read as Latin-1."""
+    [(where, what)] = validate_pipeline.find_odd_texts([entry_of(text)], {})
+    assert where == "entry 0" and "looks like a fault" in what
+
+
+@pytest.mark.parametrize("text", ["صباح الخير", "Ça va? Où? à côté", "R&D; a & b", "a\nb\tc", "50 % ×"])
+def test_texts_that_are_not_odd(text):
+    assert not validate_pipeline.find_odd_texts([entry_of(text)], {})
+
+
+def entry_of(text):
+    turns = [("user", text), ("assistant", "yes")]
+    return {"messages": [{"role": role, "content": [{"type": "text", "text": part}]} for role, part in turns]}
+
+
 def test_references_in_other_layouts_and_deaf_ones(tiny, entries):
     code, told = preflight(tiny, entries, "--return_audio_in_tokens", "false")
     assert code == 0 and "reference   NOT heard, in turns of: user" in told.splitlines()
@@ -115,7 +133,7 @@ def test_text_alone_is_legal(tiny):
         tiny,
         [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]}],
     )
-    assert code == 0 and "reference   there is none" in told and "targets     0.0 seconds in 0" in told
+    assert code == 0 and "reference   there is none" in told and "targets     0:00:00 (h:mm:ss) in 0" in told
 
 
 def test_what_is_to_be_fixed_ends_the_list(tiny, entries):

@@ -158,7 +158,7 @@ def test_from_the_recipe_to_a_comparison(tiny, newcomer):
     assert not any(done.returncode for done in runs), [done.stderr for done in runs]
     first, second, _, compared = (done.stdout for done in runs)
     for told, count in ((first, 6), (second, 2)):
-        assert f"entries     {count} ({count} with a start_index)" in told
+        assert f"entries     {count} ({count} with start_index)" in told
         assert "reference   heard, in turns of: assistant\n" in told
         assert f"replies     {count} of clip first" in told
         assert told.endswith("ready for trainer.py with the same options\n")
