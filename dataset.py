@@ -31,8 +31,11 @@ from transformers import PretrainedConfig, utils
 # What is read as structure, not as text (marks of scenes and instructions may be), or cannot be encoded
 NOT_TEXT = re.compile("<\\|(?!scene_desc_|generation_instruction_)[^|<>]*\\|>|[\ud800-\udfff]")
 # Neither a blank nor invisible, as the marks for directions that Arabic texts have
-VISIBLE = re.compile(r"[^\s\x00-\x1f\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
-CLIP_NAME = re.compile(r"\s*\S+\.(wav|mp3|flac|ogg|opus|m4a)\s*", re.IGNORECASE)
+VISIBLE = re.compile(
+    r"[^\s\x00-\x1f\xad\u034f\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
+    r"\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e007f]"
+)
+CLIP_NAME = re.compile(r"\s*\S+\.(wav|mp3|flac|ogg|opus|m4a|aac|webm|wma|aiff?)(\?\S*)?\s*", re.IGNORECASE)
 PLAIN_WORDS = {  # for types of error where pydantic's own words say too little
     "extra_forbidden": "unknown key",
     "model_attributes_type": "expected text, or an object with text or audio_url",
@@ -40,7 +43,13 @@ PLAIN_WORDS = {  # for types of error where pydantic's own words say too little
 }
 # Sizes in libsndfile's log, as a header tells them and as they are; how files and an mp3's frames begin
 SIZES = re.compile(r"(?i)^ *(?:rif[fx]|riff size|form|data|data size) *: +(\d+) \(should be (\d+)\)", re.M)
-STARTS = {"OGG": b"OggS\0\2", "FLAC": b'fLaC\0\0\0"', "WAV": b"WAVEfmt ", "WAVEX": b"WAVEfmt "}
+STARTS = {
+    "OGG": b"OggS\0\2",
+    "FLAC": b'fLaC\0\0\0"',
+    "WAV": b"WAVEfmt ",
+    "RF64": b"WAVEds64",
+    "WAVEX": b"WAVEfmt ",
+}
 FRAME = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
 XING = re.compile(
     FRAME.pattern + rb".{11,34}(?:Xing|Info)", re.S
@@ -187,15 +196,14 @@ def check_entry(entry: Any, folder: str) -> list[str]:
     problems = []
     for i, turn in enumerate(checked.messages):
         texts = [part.text for part in turn.content if part.type == "text"]
-        if turn.role != "assistant" or i < start:
+        if any(CLIP_NAME.fullmatch(text) or isfile(join(folder, text)) for text in texts):
+            what = f"a text is a file's name, give it as audio_url; seen: {texts!r:.200}"
+            problems.append(f"messages[{i}]: {what}")
+        elif turn.role != "assistant" or i < start:
             if turn.recipient:
                 problems.append(f"messages[{i}]: only a trained turn may have a recipient: remove it")
         elif len(texts) == len(turn.content) and not VISIBLE.search("".join(texts)):
             problems.append(f"messages[{i}]: a trained turn has a clip or words; seen: {texts!r:.200}")
-        elif any(CLIP_NAME.fullmatch(text) or isfile(join(folder, text)) for text in texts):
-            problems.append(
-                f"messages[{i}]: a text is a file's name, give it as audio_url; seen: {texts!r:.200}"
-            )
     if all(turn.role != "assistant" for turn in checked.messages[start:]):
         problems.append(f"has no assistant turn at or after start_index {start}")
     return problems
@@ -373,8 +381,10 @@ def in_workers(function, items, num_workers: int):
     options = dict(num_workers=num_workers, worker_init_fn=ignore_signals)
     if num_workers:  # by fork: `function` may be a closure, which cannot be pickled
         options |= dict(timeout=600, multiprocessing_context="fork")
+    with user_error("DataLoader workers cannot be started; is /dev/shm full? --num_workers 0 needs none"):
+        results = iter(DataLoader(items, batch_size=None, collate_fn=function, **options))
     try:
-        yield from DataLoader(items, batch_size=None, collate_fn=function, **options)
+        yield from results
     except UserError as error:  # its text is the worker's traceback, which ends in the message
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 

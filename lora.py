@@ -97,20 +97,19 @@ def open_base(folder: Path) -> tuple[HiggsAudioConfig, AutoTokenizer]:
 
 
 def base_fingerprint(folder: Path) -> str:
-    """sha256 of the first and the last layer's q_proj, which tells apart two bases of the same shape.
+    """sha256 of the first row of each weight, which tells apart two bases of the same shape.
 
     Hashing all 11.5 GB at each start would take minutes. An adapter keeps this in its args.json.
     """
+    rows = {}
     with user_error(f"--base_ckpt {folder}: its weights cannot be read"):
-        last = HiggsAudioConfig.from_pretrained(folder).text_config.num_hidden_layers - 1
-        digest = hashlib.sha256()
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in folder.glob("*.safetensors"):
             with safe_open(file, "pt") as weights:
-                for layer in (0, last):
-                    name = f"layers.{layer}.self_attn.q_proj.weight"
-                    if name in set(weights.keys()):
-                        digest.update(weights.get_tensor(name).view(torch.uint8).numpy())
-        return digest.hexdigest()
+                for name in weights.keys():  # noqa: SIM118
+                    rows[name] = weights.get_slice(name)[:1].contiguous().view(torch.uint8).numpy().tobytes()
+    if not rows:
+        raise UserError(f"--base_ckpt {folder} has no *.safetensors")
+    return hashlib.sha256(b"".join(name.encode() + rows[name] for name in sorted(rows))).hexdigest()
 
 
 original_embed_audio_ids = HiggsAudioModel._embed_audio_ids
@@ -308,10 +307,11 @@ def load_adapter(base: HiggsAudioModel, name: str, base_id: str) -> PeftModel:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         model = PeftModel(base, LoraConfig.from_pretrained(folder)).eval()
         args = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
-    if "base_fingerprint" not in args:
+        known = args.get("base_fingerprint")
+    if not known:
         warnings.warn(f"--adapter {name} does not say which base it was trained on", stacklevel=2)
-    elif args["base_fingerprint"] != base_id:
-        raise UserError(f"--adapter {name} was trained on another base: {args['base_ckpt']}")
+    elif known != base_id:
+        raise UserError(f"--adapter {name} was trained on another base: {args.get('base_ckpt')}")
     expected = get_peft_model_state_dict(model)
     problems = [(key, "is missing") for key in expected.keys() - tensors.keys()]
     for key, tensor in tensors.items():

@@ -99,7 +99,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.num_workers is None:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.num_workers = min(16, max(1, cores // 2))
-    highest = {"lora_dropout": 1, "warmup_ratio": 1, "lora_r": 4096, "seed": 2**63 - 1, "num_workers": 256}
+    highest = {"batch_size": 4096, "grad_accum": 10**5, "lora_r": 4096, "num_workers": 256, "seed": 2**63 - 1}
+    highest |= {"lora_dropout": 1, "warmup_ratio": 1}
     for name, value in vars(args).items():
         low = 1 if type(value) is int and name not in ("seed", "num_workers", "max_tokens") else 0
         high = highest.get(name, 10**9 if type(value) is int else sys.float_info.max)

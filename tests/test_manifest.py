@@ -104,6 +104,12 @@ BAD_ENTRIES = {
     "NUL in a path": ([user({**CLIP, "audio_url": "a\0b.wav"})], "no such file"),
     "path too long": ([user({**CLIP, "audio_url": "a" * 9999})], "no such file"),
     # each of these would train to say nothing, or to say a path
+    "path in a prompt": (
+        [user("clips/voice_a.wav")],
+        "messages[0]: a text is a file's name, give it as audio_url",
+    ),
+    "url in a reply": ([reply("https://a.org/b.mp3?dl=1")], "messages[0]: a text is a file's name"),
+    "reply of fillers": ([reply("\u2800\u3164")], "a trained turn has a clip or words"),
     "reply of no part": ([reply([])], "messages[0]: a trained turn has a clip or words; seen: []"),
     "reply empty": ([reply("")], "messages[0]: a trained turn has a clip or words; seen: ['']"),
     "reply of blanks": ([reply([" \n", {"text": "\u3000"}])], "a trained turn has a clip or words"),
@@ -133,7 +139,6 @@ def test_bad_entries_are_refused_by_name(load, name):
 
 GOOD_REPLIES = {
     "masked, empty": entry({**REPLY, "content": ""}, {**REPLY, "content": []}, REPLY, start_index=2),
-    "path in a prompt": user("clips/voice_a.wav"),
     "name in a sentence": reply("Listen to voice_a.wav"),
     "text, clip": reply(["", CLIP]),
     "one sign": reply("؟"),

@@ -145,6 +145,11 @@ def test_an_adapter_knows_its_base(tiny, adapter, tmp_path, recwarn):
     with pytest.raises(UserError, match="was trained on another base: the/first"):
         lora.merge(tmp_path / "merged", adapter, tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
+    tensors = load_file(tiny / "model/model.safetensors")
+    shutil.copytree(tiny / "model", tmp_path / "other")
+    tensors["layers.1.audio_mlp.up_proj.weight"][0] += 1
+    save_file(tensors, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    assert lora.base_fingerprint(tmp_path / "other") != base_id
     with pytest.raises(UserError, match="is no model, not higgs_audio"):
         lora.merge(adapter, adapter, tmp_path / "none")
     (adapter / "args.json").unlink()
