@@ -219,18 +219,22 @@ def pace(device, limit, *flags, cudnn=False, as_cut=False):
 
 def choose_max_tokens(device):
     """Choose max_tokens, and run the largest micro-batch, both as the trainer does."""
-    need_gpu(device)
-    random, (free, total) = random_model(device), torch.cuda.mem_get_info()
+    random = random_model(device)
     limit = trainer.choose_max_tokens(random.args, random.adapter, {"step": 0}, device)
-    benchmark.reset_memory(device)
+    optimizer, _ = trainer.build_optimizer(random.adapter, random.args, 1, {"step": 0})
+    data = dataclasses.replace(random.data, max_tokens=limit)
+    before = benchmark.reset_memory(device)
     try:
-        data = dataclasses.replace(random.data, max_tokens=limit)
-        optimizer, _ = trainer.build_optimizer(random.adapter, random.args, 1, {"step": 0})
         _, counts = trainer.run_largest(random.model, optimizer, data, random.lengths, device)
     except torch.OutOfMemoryError:
-        return False, f"{limit:,} do not fit, of {free / 1e9:.1f} GB that were free"
-    peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} of {total / 1e9:.1f} GB"
-    return True, f"{limit:,}; the largest micro-batch, {counts[-1]:,} positions, takes {peak}"
+        return False, f"{limit:,} do not fit beside {before / 1e9:.1f} GB of weights"
+    if device.type == "cpu":
+        return None, f"no GPU to fill; the largest micro-batch has {counts[-1]:,} positions"
+    peak, total = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.mem_get_info()[1] / 1e9
+    return (
+        True,
+        f"{limit:,}; the largest micro-batch, {counts[-1]:,} positions, takes {peak:.1f} of {total:.1f} GB",
+    )
 
 
 def count_waits(device, limit):
@@ -271,7 +275,7 @@ def encode(device, workers):
         soundfile.write(path, np.roll(wave, 1000 * i), 44_100)
     codec.encode(wave, 44_100)  # to warm up
     began = time.perf_counter()
-    dataset.encode_clips(clips, [], codec, workers)
+    dataset.encode_clips(clips, [], codec, workers, show=False)
     took = time.perf_counter() - began
     return None, f"{seconds * number / took:.1f} s of sound a second ({number} clips of {seconds} s)"
 
