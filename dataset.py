@@ -2,15 +2,16 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import signal
+import tempfile
 import unicodedata
 import warnings
 from dataclasses import dataclass
+from io import BytesIO
 from os.path import isfile, join
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,37 +24,24 @@ import torch
 from boson_multimodal.audio_processing.higgs_audio_tokenizer import load_higgs_audio_tokenizer
 from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioSampleCollator
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare_chatml_sample
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, NonNegativeInt, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, JsonValue, NonNegativeInt
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PretrainedConfig, utils
 
+# Librosa compiles on its first use; beside its own files that fails where they, or HOME, are read-only
+os.environ.setdefault("NUMBA_CACHE_DIR", join(tempfile.gettempdir(), f"numba-{os.getuid()}"))
 # What is read as structure, not as text (marks of scenes and instructions may be), or cannot be encoded
 NOT_TEXT = re.compile("<\\|(?!scene_desc_|generation_instruction_)[^|<>]*\\|>|[\ud800-\udfff]")
-# Neither a blank nor invisible, as the marks for directions that Arabic texts have
-VISIBLE = re.compile(
-    r"[^\s\x00-\x1f\xad\u034f\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
-    r"\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e007f]"
-)
 CLIP_NAME = re.compile(r"\s*\S+\.(wav|mp3|flac|ogg|opus|m4a|aac|webm|wma|aiff?)(\?\S*)?\s*", re.IGNORECASE)
-PLAIN_WORDS = {  # for types of error where pydantic's own words say too little
+PLAIN_WORDS = {  # where pydantic's own words say too little
     "extra_forbidden": "unknown key",
     "model_attributes_type": "expected text, or an object with text or audio_url",
     "none_required": "inference reads whole files: cut the clip and remove this key",
 }
-# Sizes in libsndfile's log, as a header tells them and as they are; how files and an mp3's frames begin
-SIZES = re.compile(r"(?i)^ *(?:rif[fx]|riff size|form|data|data size) *: +(\d+) \(should be (\d+)\)", re.M)
-STARTS = {
-    "OGG": b"OggS\0\2",
-    "FLAC": b'fLaC\0\0\0"',
-    "WAV": b"WAVEfmt ",
-    "RF64": b"WAVEds64",
-    "WAVEX": b"WAVEfmt ",
-}
-FRAME = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
-XING = re.compile(
-    FRAME.pattern + rb".{11,34}(?:Xing|Info)", re.S
-)  # it tells an mp3's length; else it is a guess
+# How files begin, and an mp3's frames: found behind the part that is decoded, more was joined to it
+STARTS = {"OGG": b"OggS\0\2", "FLAC": b"fLaC\0\0\0", "WAV": b"WAVEfmt ", "WAVEX": b"WAVEfmt "}
+MP3_FRAME = rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]"
 HUBERT = "bosonai/hubert_base"  # HiggsAudioTokenizer loads it, with trust_remote_code=True
 # A micro-batch launches 12,000 kernels in 0.1 s, however small; an H100 computes 2,000 positions meanwhile
 LOWEST_COST = 2_000
@@ -76,11 +64,88 @@ def user_error(message: str):
 
 def raise_if_any(source, problems: list[tuple]) -> None:
     """Raise one UserError for all `problems`, pairs (where, what), if there are any."""
-    lines = [f"  {where}: {what}" for where, what in problems[:20]]
+    lines = ["  " + " ".join(f"{where}: {what}".split()) for where, what in problems[:20]]
     if len(problems) > 20:
         lines.append(f"  ... and {len(problems) - 20} more")
     if problems:
         raise UserError("\n".join([f"{source}: {len(problems)} problem(s)", *lines]))
+
+
+def list_parts(content: Any) -> list:
+    """Make a content a list of objects with a type. ChatML also takes strings, one object, and no type."""
+    parts = content if isinstance(content, list) else [content]
+    parts = [{"text": part} if isinstance(part, str) else part for part in parts]
+    kinds = ["text" if isinstance(part, dict) and "text" in part else "audio" for part in parts]
+    return [{"type": kind, **part} if isinstance(part, dict) else part for kind, part in zip(kinds, parts)]
+
+
+def check_text(text: str) -> str:
+    """Refuse a text that would not be read as text."""
+    if found := NOT_TEXT.search(text):
+        raise ValueError(f"text holds {found[0]!r}, which would not be read as text: remove it")
+    return text
+
+
+class Text(pydantic.BaseModel, extra="forbid", strict=True):
+    type: Literal["text"]
+    text: Annotated[str, AfterValidator(check_text)]
+
+    @pydantic.field_validator("text")
+    def check(cls, text: str, info) -> str:
+        if CLIP_NAME.fullmatch(text) or isfile(join(info.context, text)):
+            raise ValueError("a text is a file's name: give it as audio_url")
+        return text
+
+
+class Clip(pydantic.BaseModel, extra="forbid", strict=True):
+    type: Literal["audio"]
+    audio_url: str
+    raw_audio: None = None
+    offset: None = None
+    duration: None = None
+    row_id: int | None = None
+
+    @pydantic.field_validator("audio_url")
+    def complete(cls, path: str, info) -> str:
+        folder, remedy = info.context, ""
+        for form in ("NFC", "NFD"):  # Two names can look the same and differ: macOS decomposes letters.
+            if isfile(join(folder, unicodedata.normalize(form, path))):
+                remedy = f", but there is one if the name is written in Unicode's form {form}"
+        if not isfile(join(folder, path)):
+            raise ValueError(f"no such file, from the manifest's folder{remedy}")
+        return join(folder, path)  # With its "..": what that means after a link is the system's.
+
+
+class Turn(pydantic.BaseModel, extra="forbid", strict=True):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[
+        list[Annotated[Text | Clip, pydantic.Field(discriminator="type")]], BeforeValidator(list_parts)
+    ]
+    recipient: Annotated[str, AfterValidator(check_text)] | None = None
+
+
+class Entry(pydantic.BaseModel, extra="forbid", strict=True):
+    """What upstream's ChatMLSample takes, less what it takes wrongly in silence."""
+
+    messages: list[Turn]
+    start_index: NonNegativeInt | None = None
+    speaker: JsonValue = None
+    misc: JsonValue = None
+
+    @pydantic.model_validator(mode="after")
+    def check(self):
+        start, trains = self.start_index or 0, False
+        for i, turn in enumerate(self.messages):
+            is_trained = turn.role == "assistant" and i >= start
+            has_words = any(part.type == "audio" or re.search(r"\w", part.text) for part in turn.content)
+            if is_trained and not has_words:
+                raise ValueError(f"messages[{i}]: a trained turn has a clip or words")
+            if turn.recipient and not is_trained:
+                raise ValueError(f"messages[{i}]: only a trained turn may have a recipient: remove it")
+            trains |= is_trained
+        if not trains:
+            raise ValueError(f"has no assistant turn at or after start_index {start}")
+        return self
 
 
 def build_object(pairs: list[tuple]) -> dict:
@@ -91,149 +156,32 @@ def build_object(pairs: list[tuple]) -> dict:
     return values
 
 
-def read_entries(path: Path) -> list:
-    """Read a JSON array, or objects one after another: JSONL, or a single entry over several lines."""
-    with user_error(f"manifest {path} cannot be read as UTF-8"):
-        text = path.read_text(encoding="utf-8-sig")
-    decoder = json.JSONDecoder(object_pairs_hook=build_object)
-    not_blank = re.compile(r"[^ \t\r\n]")
-    entries, end = [], 0
-    while start := not_blank.search(text, end):
-        try:
-            value, end = decoder.raw_decode(text, start.start())
-        except (ValueError, RecursionError) as error:
-            # An entry that was cut off seems to go on in the next line, so say where it begins, too.
-            line = text.count("\n", 0, start.start()) + 1
-            what = f"is neither a JSON array nor JSONL: {error}, in what begins in line {line}"
-            raise UserError(f"manifest {path} {what}") from error
-        entries += value if isinstance(value, list) else [value]
-    return entries
-
-
-def check_text(text: str) -> str:
-    """Refuse a text that would not be read as text."""
-    if found := NOT_TEXT.search(text):
-        raise ValueError(f"text holds {found[0]!r}, which would not be read as text: remove it")
-    return text
-
-
-def check_path(path: str, info: ValidationInfo) -> str:
-    """Refuse a path without a file; info.context is the manifest's folder."""
-    if path in ("", "placeholder"):  # upstream's marks for a clip that stands in raw_audio
-        raise ValueError("save the clip as a file and give its path")
-    if isfile(join(info.context, path)):
-        return path
-    message = "no such file, from the manifest's folder"
-    for form in ("NFC", "NFD"):  # Two names can look the same and differ: macOS decomposes letters.
-        if isfile(join(info.context, unicodedata.normalize(form, path))):
-            message += f", but there is one if the name is written in Unicode's form {form}"
-    raise ValueError(message)
-
-
-def list_parts(content: Any) -> list:
-    """Make a content a list of objects with a type. ChatML also takes strings, one object, and no type."""
-    parts = []
-    for part in content if isinstance(content, list) else [content]:
-        if isinstance(part, str):
-            part = {"text": part}
-        if isinstance(part, dict):
-            part = {"type": "text" if "text" in part else "audio", **part}
-        parts.append(part)
-    return parts
-
-
-class Schema(pydantic.BaseModel, extra="forbid", strict=True):
-    """What upstream's ChatMLSample takes, less what it takes wrongly in silence."""
-
-
-class Text(Schema):
-    type: Literal["text"]
-    text: Annotated[str, AfterValidator(check_text)]
-
-
-class Clip(Schema):
-    type: Literal["audio"]
-    audio_url: Annotated[str, AfterValidator(check_path)]
-    raw_audio: str | None = None
-    offset: None = None
-    duration: None = None
-    row_id: int | None = None
-
-
-Part = Annotated[Text | Clip, Field(discriminator="type")]
-
-
-class Turn(Schema):
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(list_parts)]
-    recipient: Annotated[str, AfterValidator(check_text)] | None = None
-
-
-class Entry(Schema):
-    messages: list[Turn]
-    start_index: NonNegativeInt | None = None
-    speaker: JsonValue = None
-    misc: JsonValue = None
-
-
-def in_one_line(error: dict) -> str:
-    """Say where in an entry pydantic found an error, what it expected and what it saw."""
-    place = ""
-    for step in error["loc"]:
-        place += f"[{step}]" if isinstance(step, int) else f": {step}"
-    what = PLAIN_WORDS.get(error["type"], error["msg"]).removeprefix("Value error, ")
-    line = f"{place}: {what}; seen: {error['input']!r:.200}"
-    return " ".join(line.split()).removeprefix(": ")
-
-
-def check_entry(entry: Any, folder: str) -> list[str]:
-    """What is wrong with an entry, a line each: its form or, if that is right, what it would train."""
-    try:
-        checked = Entry.model_validate(entry, context=folder)
-    except pydantic.ValidationError as error:
-        return [in_one_line(one) for one in error.errors()]
-    start = checked.start_index or 0
-    problems = []
-    for i, turn in enumerate(checked.messages):
-        texts = [part.text for part in turn.content if part.type == "text"]
-        if any(CLIP_NAME.fullmatch(text) or isfile(join(folder, text)) for text in texts):
-            what = f"a text is a file's name, give it as audio_url; seen: {texts!r:.200}"
-            problems.append(f"messages[{i}]: {what}")
-        elif turn.role != "assistant" or i < start:
-            if turn.recipient:
-                problems.append(f"messages[{i}]: only a trained turn may have a recipient: remove it")
-        elif len(texts) == len(turn.content) and not VISIBLE.search("".join(texts)):
-            problems.append(f"messages[{i}]: a trained turn has a clip or words; seen: {texts!r:.200}")
-    if all(turn.role != "assistant" for turn in checked.messages[start:]):
-        problems.append(f"has no assistant turn at or after start_index {start}")
-    return problems
-
-
-def complete_in_place(entry: dict, folder: str) -> None:
-    """Make contents lists and paths absolute, ".." and all: what it means after a symlink is the system's."""
-    for turn in entry["messages"]:
-        turn["content"] = list_parts(turn["content"])
-        for part in turn["content"]:
-            if part["type"] == "audio":
-                part["audio_url"] = join(folder, part["audio_url"])
-
-
 def load_manifest(path: Path) -> list[dict]:
-    """Entries as upstream takes them, contents lists, paths absolute. Refuses all bad ones at once."""
-    entries = read_entries(path)
-    if not entries:
+    """Entries as upstream takes them, contents lists, paths absolute. Refuses all bad ones at once.
+
+    path: a JSON array, or objects in lines of their own (JSONL). Raises UserError.
+    """
+    with user_error(f"manifest {path} cannot be read as a JSON array or JSONL in UTF-8"):
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("{"):  # only between lines of JSONL an object follows without a comma
+            text = "[" + re.sub(r"\}(?=\s*\n\s*\{)", "},", text) + "]"
+        raw_entries = json.loads(text or "[]", object_pairs_hook=build_object)
+    if not isinstance(raw_entries, list) or not raw_entries:
         raise UserError(f"manifest {path} holds no entry; expected one or more")
-    folder = str(path.absolute().parent)
-    problems = []
-    for i, entry in enumerate(entries):
-        problems += [(f"entry {i}", what) for what in check_entry(entry, folder)]
+    entries, problems, folder = [], [], str(path.absolute().parent)
+    for i, entry in enumerate(raw_entries):
+        try:
+            entries.append(Entry.model_validate(entry, context=folder).model_dump(exclude_none=True))
+        except pydantic.ValidationError as found:
+            for error in found.errors():
+                steps = [f"[{step}]" if isinstance(step, int) else f": {step}" for step in error["loc"]]
+                what = PLAIN_WORDS.get(error["type"], error["msg"]).removeprefix("Value error, ")
+                problems.append((f"entry {i}{''.join(steps)}", f"{what}; seen: {error['input']!r:.200}"))
     raise_if_any(path, problems)
-    for entry in entries:
-        complete_in_place(entry, folder)
     return entries
 
 
-def clips_of(entry: dict) -> list[tuple]:
+def clips_of(entry: dict) -> list[tuple[str, str]]:
     """(role, path) of a loaded entry's clips, in order."""
     parts = [(turn["role"], part) for turn in entry["messages"] for part in turn["content"]]
     return [(role, part["audio_url"]) for role, part in parts if part["type"] == "audio"]
@@ -246,38 +194,20 @@ def texts_of(entry: dict) -> str:
 
 
 def codec_fingerprint(folder: Path) -> str:
-    """What tells two codecs apart. Raises UserError where `folder` holds none.
+    """sha256 of all that codes depend on: the codec's files, and the revision of the HuBERT it loads.
 
-    Hashing 0.8 GB of weights takes seconds; their last MB is a zip's directory, with each tensor's checksum.
+    Raises UserError where one of them is missing, or where HuBERT would run code from the hub.
     """
-    with user_error(f"--audio_tokenizer {folder}: no codec there"):
-        content = (folder / "config.json").read_bytes()
-        with open(folder / "model.pth", "rb") as weights:
-            weights.seek(max(0, weights.seek(0, os.SEEK_END) - 2**20))
-            content += str(weights.tell()).encode() + weights.read()
-    return hashlib.sha256(content).hexdigest()
-
-
-def hubert_revision() -> str:
-    """The revision of HuBERT that the codec will load. Raises UserError where it would run code."""
     with user_error(f"{HUBERT}, which the codec loads, is not there: huggingface-cli download {HUBERT}"):
         settings, _ = PretrainedConfig.get_config_dict(HUBERT)
         code = settings.get("auto_map") or utils.find_adapter_config_file(HUBERT)
     if code:
         raise UserError(f"{HUBERT}, revision {settings['_commit_hash']}, would run code: {code}")
-    return str(settings["_commit_hash"])
-
-
-def check_cache(cache: Path) -> None:
-    """Note HuBERT's revision in a cache of codes. Raises UserError where the cache has another revision's."""
-    note, revision = cache / "hubert_revision", hubert_revision()
-    with user_error(f"--code_cache {cache} cannot be written"):
-        before = note.read_text() if note.exists() else revision
-        note.write_text(before)
-    if before != revision:
-        raise UserError(
-            f"--code_cache {cache} has codes by {HUBERT} {before}, now it is {revision}: choose another"
-        )
+    with user_error(f"--audio_tokenizer {folder}: no codec there"):
+        with open(folder / "model.pth", "rb") as weights:
+            digest = hashlib.file_digest(weights, "sha256")
+        digest.update((folder / "config.json").read_bytes() + str(settings["_commit_hash"]).encode())
+    return digest.hexdigest()
 
 
 def code_files(entries: list[dict], cache: Path, codec_id: str) -> dict[str, Path]:
@@ -298,7 +228,7 @@ def find_missing(files: dict[str, Path]) -> list[tuple[str, Path]]:
     return sorted(missing, key=lambda clip: os.path.getsize(clip[0]), reverse=True)
 
 
-def load_codec(folder: Path, device):
+def load_codec(folder: Path, device: torch.device | str):
     """The codec, on `device`. Raises UserError where it cannot be loaded, or was never trained."""
     warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
     with user_error(f"--audio_tokenizer {folder} cannot be loaded"):
@@ -308,55 +238,45 @@ def load_codec(folder: Path, device):
     return codec
 
 
-class Watched(io.BytesIO):
+class Watched(BytesIO):
     """Bytes that note whether a read met their end half way: libsndfile reads an mp3 frame by frame."""
 
     is_cut = False
 
     def readinto(self, buffer):
         count = super().readinto(buffer)
-        self.is_cut |= (
-            4 < len(buffer) > count > 0
-        )  # 4 bytes are a frame's header, which it seeks in tags, too
+        # A read of 4 bytes looks for the next frame, in tags, too
+        self.is_cut |= 4 < len(buffer) > count > 0
         return count
 
 
 def find_lack(sound: soundfile.SoundFile, log: str, data: Watched, samples: int) -> str | None:
     """Why the decoded `samples` are not all that a clip holds: libsndfile decodes what it can, in silence."""
-    content, is_mp3 = data.getvalue(), "MPEG" in sound.subtype
-    for told, there in SIZES.findall(log):
-        if int(there) + 64 < int(told) < 1 << 30:  # writers miscount a header; a stream's size is 2 or 4 GB
-            return f"only {there} of the {told} bytes that its header tells are there: fetch it again"
-    if samples < sound.frames and (not is_mp3 or XING.search(content)):
+    content, is_mp3 = data.getvalue(), sound.format == "MP3"
+    sizes = re.search(r"(\d+) \(should be (\d+)\)", log)  # by the header, and as they are
+    if sizes and int(sizes[2]) + 64 < int(sizes[1]) < 1 << 30:  # a header miscounts; a stream tells 2 or 4 GB
+        return f"only {sizes[2]} of the {sizes[1]} bytes that its header tells are there: fetch it again"
+    if samples < sound.frames and (not is_mp3 or re.search(b"Xing|Info", content)):  # else it is a guess
         return f"its header tells {sound.frames / sound.samplerate:.3f} s: fetch it again"
-    if sound.format in STARTS and content.count(STARTS[sound.format]) > 1:
+    if content.count(STARTS.get(sound.format, b"OggS\0\2")) > 1:
         return "it is several files joined: write it again, as wav"
     if sound.format == "OGG":
         page = content[content.rindex(b"OggS\0") :]  # flags at 5, the number of segments at 26, their sizes
         if len(page) < 27 or not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27:][: page[26]]):
             return "its last page is missing: fetch it again"
-    rest = content[data.tell() :].split(b"APETAGEX")[0] if is_mp3 else b""  # that tag may hold a picture
-    if len(FRAME.findall(rest)) > 2:  # the last two may be padding
+    rest = content[data.tell() :].split(b"APETAGEX")[0]  # that tag may hold a picture
+    if is_mp3 and len(re.findall(MP3_FRAME, rest)) > 2:  # the last two may be padding
         return f"{len(rest)} of its {len(content)} bytes follow: write it again, as wav"
     return "its last frame is cut: fetch it again" if is_mp3 and data.is_cut else None
-
-
-def import_librosa() -> None:
-    """Import what librosa imports late: where that fails, no clip is to blame. Raises UserError."""
-    message = (
-        "librosa cannot be imported; where HOME is read-only, set NUMBA_CACHE_DIR to a folder that is not"
-    )
-    with user_error(message):
-        _ = librosa.load, librosa.resample, librosa.effects.trim
 
 
 def load_waveform(path: str, sample_rate: int) -> np.ndarray:
     """A clip as inference loads it: mono, float32 (samples,). Raises UserError: unfit, or not all of it."""
     with user_error(f"{path}: cannot be decoded as sound; fetch it again, or write it again as wav"):
-        sound, data = soundfile.SoundFile(path), Watched(Path(path).read_bytes())
+        data = Watched(Path(path).read_bytes())
+        sound = soundfile.SoundFile(data)
         log = sound.extra_info
-        source = soundfile.SoundFile(data) if "MPEG" in sound.subtype else sound
-        wave, rate = librosa.load(source, sr=None)
+        wave, rate = librosa.load(sound, sr=None)
         resampled = librosa.resample(wave, orig_sr=rate, target_sr=sample_rate)
     seconds = len(wave) / rate
     if lack := find_lack(sound, log, data, len(wave)):
@@ -389,7 +309,7 @@ def in_workers(function, items, num_workers: int):
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
-def encode_clips(clips: list[tuple], entries: list[dict], codec, num_workers: int, show=True) -> None:
+def encode_clips(clips: list[tuple], entries: list[dict], codec, num_workers: int) -> None:
     """Write the codes of (path, file) pairs, each whole or not at all. Raises UserError for all bad clips."""
 
     def load(clip):
@@ -398,9 +318,8 @@ def encode_clips(clips: list[tuple], entries: list[dict], codec, num_workers: in
         except UserError as error:
             return str(error)
 
-    import_librosa()
     problems, waves = {}, in_workers(load, clips, num_workers)
-    bar = tqdm(waves, "encoding clips", len(clips), disable=not show)
+    bar = tqdm(waves, "encoding clips", len(clips), disable=os.environ.get("RANK", "0") != "0")
     for (path, file), wave in zip(clips, bar, strict=True):
         if isinstance(wave, str):
             problems[path] = wave
@@ -408,9 +327,8 @@ def encode_clips(clips: list[tuple], entries: list[dict], codec, num_workers: in
         try:  # one clip at a time: padding a batch of clips changes their codes
             codes = codec.encode(wave, codec.sampling_rate).squeeze(0)  # (num_codebooks, T)
         except torch.OutOfMemoryError:
-            problems[path] = (
-                f"{path}: its {len(wave) / codec.sampling_rate:.0f} s do not fit this GPU; cut it"
-            )
+            seconds = len(wave) / codec.sampling_rate
+            problems[path] = f"{path}: its {seconds:.0f} s do not fit this GPU; cut it"
             continue
         unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
         with user_error(f"--code_cache {file.parent} cannot be written"):
@@ -433,16 +351,16 @@ def build_collator(entries: list[dict], config, setting: str) -> HiggsAudioSampl
     Raises UserError where a reference in a user or system turn would never reach the base.
     """
     heard = bool(config.encode_audio_in_tokens and setting == "auto")
-    unheard = [
-        i for i, entry in enumerate(entries) if any(role != "assistant" for role, _ in clips_of(entry))
-    ]
-    if unheard and setting == "false":
-        warnings.warn(
-            f"{len(unheard)} entries do not hear their reference, from {unheard[0]} on", stacklevel=2
-        )
-    elif unheard and not heard:
+    if not heard:
+        roles = [{role for role, _ in clips_of(entry)} for entry in entries]
         problem = "its reference never reaches this base; give it in an earlier assistant turn"
-        raise_if_any("encode_audio_in_tokens is false", [(f"entry {i}", problem) for i in unheard])
+        unheard = [(f"entry {i}", problem) for i in range(len(entries)) if roles[i] - {"assistant"}]
+        if setting == "auto":
+            raise_if_any("encode_audio_in_tokens is false in --base_ckpt", unheard)
+        elif unheard:
+            warnings.warn(
+                f"{len(unheard)} entries do not hear their reference: {unheard[0][0]} ...", stacklevel=2
+            )
     return HiggsAudioSampleCollator(
         whisper_processor=None,
         encode_whisper_embed=config.encode_whisper_embed,
@@ -474,20 +392,16 @@ class StepDataset:
     max_tokens: int | None
 
     def __getitem__(self, indices: list[int]) -> list[tuple[dict, np.ndarray]]:
-        samples = sorted(map(self.load_sample, indices), key=lambda pair: pair[0], reverse=True)
+        pairs = sorted(map(self.load_sample, indices), key=lambda pair: pair[0], reverse=True)
+        lengths, samples = [length for length, _ in pairs], [sample for _, sample in pairs]
         micro_batches = []
-        for cut in split_into_micro_batches(
-            [length for length, _ in samples], self.max_tokens, self.batch_size
-        ):
-            lengths, chosen = zip(*samples[cut.start : cut.stop], strict=True)
-            batch = vars(self.collator(list(chosen)))
+        for cut in split_into_micro_batches(lengths, self.max_tokens, self.batch_size):
+            batch = vars(self.collator(samples[cut]))
             counts = np.zeros(1 + self.collator.audio_num_codebooks + 2, np.int64)
-            counts[-2:] = sum(lengths), len(lengths) * lengths[0]
+            counts[-2:] = sum(lengths[cut]), len(lengths[cut]) * lengths[cut.start]
             for k, labels in enumerate([batch["label_ids"], *batch["label_audio_ids"]]):  # (B, T), (A,) each
                 counts[k] = (labels[..., 1:] != -100).sum()
-            arrays = {
-                name: value.numpy() if torch.is_tensor(value) else value for name, value in batch.items()
-            }
+            arrays = {name: x.numpy() if torch.is_tensor(x) else x for name, x in batch.items()}
             micro_batches.append((arrays, counts))
         return micro_batches
 
@@ -497,16 +411,14 @@ class StepDataset:
         input_ids, label_ids, _, _ = prepare_chatml_sample(entry, self.tokenizer)
         if input_ids is None:
             raise UserError(f"entry {index}: upstream refuses it, as printed above")
-        codes = [
-            torch.tensor(load_codes(self.code_files[path]), dtype=torch.long) for _, path in clips_of(entry)
-        ]
-        num_codebooks, nothing = self.collator.audio_num_codebooks, torch.zeros(0, dtype=torch.long)
-        starts = torch.tensor([0, *(code.shape[1] for code in codes)]).cumsum(0)[:-1]  # (clips,)
+        nothing, num_codebooks = torch.zeros(0, dtype=torch.long), self.collator.audio_num_codebooks
+        files = [self.code_files[path] for _, path in clips_of(entry)]
+        codes = [torch.tensor(load_codes(file)).long() for file in files]  # (num_codebooks, T) each
         sample = ChatMLDatasetSample(
             input_ids=torch.LongTensor(input_ids),
             label_ids=torch.LongTensor(label_ids),
-            audio_ids_concat=torch.cat([*codes, torch.zeros(num_codebooks, 0, dtype=torch.long)], dim=1),
-            audio_ids_start=starts,
+            audio_ids_concat=torch.cat([nothing.expand(num_codebooks, 0), *codes], dim=1),
+            audio_ids_start=torch.tensor([0, *(code.shape[1] for code in codes)]).cumsum(0)[:-1],  # (clips,)
             audio_waveforms_concat=nothing,
             audio_waveforms_start=nothing,
             audio_sample_rate=nothing,
@@ -541,9 +453,9 @@ def estimate_lengths(data: StepDataset) -> list[int]:
                 f"{codes.max(initial=0)}; the base has {data.collator.audio_num_codebooks}, codes below {end}"
             )
         columns[path] = codes.shape[1] + len(codes) + 1  # BOS, EOS, delay
+    roles = {"assistant", "user", "system"} if data.collator.return_audio_in_tokens else {"assistant"}
     lengths = []
     for entry in data.entries:
-        roles = ("assistant", "user", "system") if data.collator.return_audio_in_tokens else ("assistant",)
         heard = sum(columns[path] for role, path in clips_of(entry) if role in roles)
         lengths.append(heard + 6 * len(entry["messages"]) + len(texts_of(entry).encode()) // 3)
     return lengths
@@ -554,10 +466,10 @@ def samples_of_step(step: int, num_samples: int, samples_per_step: int, seed: in
 
     A run is one stream of samples, a permutation by (seed, epoch) for each epoch; each step takes the next.
     """
-    start = step * samples_per_step
-    epochs = range(start // num_samples, (start + samples_per_step - 1) // num_samples + 1)
-    orders = [np.random.default_rng((seed, epoch)).permutation(num_samples) for epoch in epochs]
-    return np.concatenate(orders)[start - epochs[0] * num_samples :][:samples_per_step].tolist()
+    stream = range(step * samples_per_step, (step + 1) * samples_per_step)
+    epochs = range(stream[0] // num_samples, stream[-1] // num_samples + 1)
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_samples) for epoch in epochs}
+    return [int(orders[k // num_samples][k % num_samples]) for k in stream]
 
 
 def split_over_ranks(samples: list[int], lengths: list[int], world_size: int) -> list[list[int]]:
@@ -565,36 +477,32 @@ def split_over_ranks(samples: list[int], lengths: list[int], world_size: int) ->
 
     `lengths` holds the positions of every entry of the manifest. The longest samples go to rank 0.
     """
-    ordered = sorted(samples, key=lambda sample: lengths[sample], reverse=True)
     total, before, rank = sum(lengths[sample] for sample in samples), 0, -1
     shares = [[] for _ in range(world_size)]
-    for i, sample in enumerate(ordered):
+    for sample in sorted(samples, key=lambda sample: lengths[sample], reverse=True):
         balanced = math.floor((before + lengths[sample] / 2) * world_size / total)
-        # No rank is left without a sample: none is skipped, and one remains for each that follows
-        rank = max(world_size - (len(ordered) - i), min(balanced, rank + 1))
+        rank = min(balanced, rank + 1)  # skips no rank; as the longest come first, none stays empty
         shares[rank].append(sample)
         before += lengths[sample]
     return shares
 
 
-def split_into_micro_batches(lengths: list[int], max_tokens: int | None, batch_size: int) -> list[range]:
+def split_into_micro_batches(lengths: list[int], max_tokens: int | None, batch_size: int) -> list[slice]:
     """The cheapest cut of a rank's samples, the longest first, into micro-batches of neighbours.
 
-    A micro-batch has at most max_tokens positions with padding, or one sample; without max_tokens, it has
+    A micro-batch has at most max_tokens positions with padding, or one sample; if max_tokens is 0, it has
     batch_size samples. By dynamic programming over the first 1, 2, 3, ... samples.
     """
-    every = range(len(lengths))
     if not max_tokens:
-        return [every[start : start + batch_size] for start in every[::batch_size]]
-    costs, cuts = [0], [[]]  # the cheapest cut of the first 0, 1, 2, ... samples
+        return [slice(start, start + batch_size) for start in range(0, len(lengths), batch_size)]
+    best = [(0, [])]  # (cost, cuts) of the first 0, 1, 2, ... samples
     for end in range(1, len(lengths) + 1):
         choices = []
         for start in range(end - 1, -1, -1):
             positions = (end - start) * lengths[start]
             if positions > max_tokens and choices:
                 break  # with one more sample it has even more
-            choices.append((costs[start] + max(LOWEST_COST, positions), start))
+            choices.append((best[start][0] + max(LOWEST_COST, positions), start))
         cost, start = min(choices)
-        costs.append(cost)
-        cuts.append([*cuts[start], range(start, end)])
-    return cuts[-1]
+        best.append((cost, [*best[start][1], slice(start, end)]))
+    return best[-1][1]

@@ -5,12 +5,10 @@ python lora.py merge --base_ckpt bosonai/higgs-audio-v2-generation-3B-base \\
 """
 
 import argparse
-import errno
 import fcntl
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -23,7 +21,6 @@ import huggingface_hub
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
@@ -41,7 +38,6 @@ REVISIONS = {
 }
 BASE_FILES, CODEC_FILES = ["*.json", "*.safetensors", "*.txt", "LICENSE*"], ["config.json", "model.pth"]
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TRAINER_STATE = "trainer_state.pt"
 # Matched against the whole name: a suffix like q_proj would reach the Whisper tower, too
 TARGET_MODULES = r"layers\.\d+\.((self_attn|audio_attn)\.[qkvo]_proj|(mlp|audio_mlp)\.(gate|up|down)_proj)"
 
@@ -60,28 +56,26 @@ def download(flag: str, name: str | Path, patterns: list[str]) -> Path:
     if revision is None:
         check_format(flag, Path(repository))
         return Path(repository)
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        huggingface_hub.utils.disable_progress_bars()  # one rank of a node downloads, the others wait for it
+    command = f"huggingface-cli download {repository} --revision {revision}"
     with user_error(
-        f"{flag} {name}: no such folder, neither cached nor to be had from the hub; where there is a "
-        f"network: huggingface-cli download {repository} --revision {revision}"
+        f"{flag} {name}: no such folder, neither cached nor to be had from the hub; try {command}"
     ):
-        fetch = functools.partial(huggingface_hub.snapshot_download, repository, revision=revision)
-        check_format(flag, Path(fetch(allow_patterns=["config.json"])))  # before 11.5 GB of weights
-        return Path(fetch(allow_patterns=patterns))
+        for files in (["config.json"], patterns):  # the format is known before 11.5 GB of weights
+            folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files)
+            check_format(flag, Path(folder))
+    return Path(folder)
 
 
 def check_format(flag: str, folder: Path) -> None:
-    """Raise UserError for a checkpoint in the format of transformers' own port of the model."""
-    if not (folder / "config.json").exists():
-        return  # an adapter
+    """Raise UserError for a checkpoint in transformers' own format, the hub's since April 2026."""
+    config = folder / "config.json"  # an adapter has none
     with user_error(f"{flag} {folder}: its config.json cannot be read"):
-        model_type = str(PretrainedConfig.get_config_dict(folder)[0].get("model_type"))
+        model_type = str(json.loads(config.read_bytes() if config.exists() else "{}").get("model_type"))
     if model_type.startswith("higgs_audio_v2"):
         original = CODEC if "tokenizer" in model_type else BASE
         raise UserError(
-            f"{flag} {folder} is in transformers' own format ({model_type}), which the hub's main has "
-            "had since April 2026 and boson_multimodal cannot read. The last original is "
+            f"{flag} {folder} is in transformers' own format ({model_type}), which the hub's main has had "
+            "since April 2026 and boson_multimodal cannot read. The last original is "
             f"{original}@{REVISIONS[original]}"
         )
 
@@ -91,24 +85,20 @@ def open_base(folder: Path) -> tuple[HiggsAudioConfig, AutoTokenizer]:
     with user_error(f"--base_ckpt {folder}: no Higgs Audio checkpoint there"):
         settings, _ = PretrainedConfig.get_config_dict(folder)
         if settings.get("model_type") != "higgs_audio" or settings.get("encode_whisper_embed"):
-            seen = settings.get("model_type", "no model")
-            raise UserError(f"--base_ckpt {folder} is {seen}, not higgs_audio without Whisper")
+            raise UserError(
+                f"{folder} is {settings.get('model_type', 'no model')}, not higgs_audio without Whisper"
+            )
         return HiggsAudioConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def base_fingerprint(folder: Path) -> str:
-    """sha256 of the first row of each weight, which tells apart two bases of the same shape.
-
-    Hashing all 11.5 GB at each start would take minutes. An adapter keeps this in its args.json.
-    """
+    """sha256 of each weight's first row: it tells two bases apart, and all 11.5 GB would take minutes."""
     rows = {}
     with user_error(f"--base_ckpt {folder}: its weights cannot be read"):
         for file in folder.glob("*.safetensors"):
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118
                     rows[name] = weights.get_slice(name)[:1].contiguous().view(torch.uint8).numpy().tobytes()
-    if not rows:
-        raise UserError(f"--base_ckpt {folder} has no *.safetensors")
     return hashlib.sha256(b"".join(name.encode() + rows[name] for name in sorted(rows))).hexdigest()
 
 
@@ -144,21 +134,15 @@ def load_base(folder: Path, dtype: torch.dtype | str, device) -> HiggsAudioModel
     return model.requires_grad_(False)
 
 
-def find_target_modules(base: HiggsAudioModel) -> list[str]:
-    """Names of the linear layers that LoRA reaches: attention and both FFNs of each layer, 280 as released.
-
-    Raises UserError for a base that lacks some: training would go on without them.
-    """
-    names = [name for name, _ in base.named_modules() if re.fullmatch(TARGET_MODULES, name)]
-    expected = 7 * len(base.layers) + 3 * len(base.config.audio_dual_ffn_layers or [])
-    if len(names) < expected:
-        raise UserError(f"--base_ckpt has {len(names)} linear layers for LoRA, expected {expected}")
-    return names
-
-
 def attach_lora(base: HiggsAudioModel, r: int, alpha: int, dropout: float, seed: int) -> PeftModel:
-    """Wrap `base` in a float32 LoRA adapter, drawn from `seed`."""
-    find_target_modules(base)
+    """Wrap `base` in a float32 LoRA adapter, drawn from `seed`: attention and both FFNs of each layer.
+
+    Raises UserError for a base that lacks some of these linear layers (280 as released).
+    """
+    found = sum(bool(re.fullmatch(TARGET_MODULES, name)) for name, _ in base.named_modules())
+    expected = 7 * len(base.layers) + 3 * len(base.config.audio_dual_ffn_layers or [])
+    if found < expected:
+        raise UserError(f"--base_ckpt has {found} linear layers for LoRA, expected {expected}")
     torch.manual_seed(seed)
     # Without a task type: with one, PEFT would pass on `labels`, which upstream's forward does not take
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGET_MODULES)
@@ -174,28 +158,10 @@ def build_model(args, folder: Path, device) -> PeftModel:
     model = attach_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = split_name(args.base_ckpt)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):  # autocast casts inputs: PEFT's own cast keeps copies of them
+    for module in model.modules():  # autocast casts inputs: PEFT's own cast would keep copies of them
+        if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
     return model.train()
-
-
-def fit_max_tokens(args, model, free_bytes: int) -> int:
-    """Positions whose activations fill 3/4 of the memory, a power of two of at most 16,384.
-
-    Bytes a position, layer and hidden column, of the released shape: `tests/manual/benchmark.py --count`.
-    """
-    config = model.config.text_config
-    layer = 63.3 if args.lora_dropout else 46.7
-    kept = (
-        layer + 2 * config.num_hidden_layers
-        if args.gradient_checkpointing
-        else layer * config.num_hidden_layers
-    )
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    free_bytes -= 12 * trainable  # gradients and AdamW's two moments, float32
-    positions = 0.75 * free_bytes / ((kept + 7.7) * config.hidden_size)
-    return 2 ** int(math.log2(max(1, min(positions, 16_384))))
 
 
 def save_lora_adapters(model: PeftModel, folder: Path, args: dict) -> None:
@@ -215,24 +181,19 @@ def open_output(output_dir: Path, wanted: str | None) -> Path | None:
         lock = os.open(output_dir / "lock", os.O_CREAT | os.O_RDWR, 0o666)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
+        except BlockingIOError:
+            raise
+        except OSError:
             warnings.warn(f"{output_dir} has no locks: make sure that no other run is in it", stacklevel=2)
     found = list_checkpoints(output_dir)
-    if wanted == "auto" and found:
-        return found[-1]
-    if wanted not in (None, "auto") and not (Path(wanted) / TRAINER_STATE).exists():
-        raise UserError(
-            f"--resume_from_checkpoint {wanted} is no checkpoint; --output_dir has {list(map(str, found))}"
-        )
-    is_newest = wanted and found and found[-1].resolve() == Path(wanted).resolve()
-    if (output_dir / ADAPTER_WEIGHTS).exists() or (found and not is_newest):
-        raise UserError(
-            f"--output_dir {output_dir} already holds an adapter or checkpoints; choose another, or go on "
-            "with --resume_from_checkpoint auto where there is a checkpoint"
-        )
-    return Path(wanted) if wanted and wanted != "auto" else None
+    newest = found[-1] if found else None
+    chosen = newest if wanted == "auto" else wanted and Path(wanted)
+    if chosen and not (chosen / "trainer_state.pt").exists():
+        raise UserError(f"--resume_from_checkpoint {chosen} is no checkpoint; there are {[*map(str, found)]}")
+    holds_run = found or (output_dir / ADAPTER_WEIGHTS).exists()
+    if holds_run and not (chosen and newest and chosen.samefile(newest)):
+        raise UserError(f"--output_dir {output_dir} holds a run: choose another, or --resume_from_checkpoint")
+    return chosen
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -248,46 +209,29 @@ def read_checkpoint(folder: Path | None, run: dict) -> dict:
     """
     if folder is None:
         return {"step": 0}
-    with user_error(
-        f"{folder} cannot be read; move it away, and --resume_from_checkpoint auto takes the one before"
-    ):
-        state = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
-        before = {**state["run"], **{key: state[key] for key in ("step", "optimizer")}}
+    with user_error(f"{folder} cannot be read; move it away, and auto takes the one before"):
+        saved = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
+        state = {key: saved[key] for key in ("run", "step", "optimizer")}
         state["adapter"] = load_file(folder / ADAPTER_WEIGHTS)
-    if not all(tensor.isfinite().all() for tensor in state["adapter"].values()):
-        raise UserError(
-            f"{folder} holds an adapter that is not finite; move it away, go on with the one before"
-        )
-    changed = [key for key in run if before.get(key) != run[key]]
-    problems = [(key, f"was {before.get(key)}, is {run[key]}") for key in changed]
-    raise_if_any(f"{folder} belongs to another run", problems)
+    was = state["run"]
+    changed = [(key, f"was {was.get(key)}, is {run[key]}") for key in run if was.get(key) != run[key]]
+    raise_if_any(f"{folder} belongs to another run", changed)
     return state
-
-
-def write_through(*paths: Path) -> None:
-    """Have the system write files, or folders' lists of names, to the disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def save_checkpoint(model: PeftModel, optimizer, run: dict, args, step: int) -> None:
     """Write checkpoint-<step> whole or not at all; keep the newest --save_total_limit. Raises UserError."""
     unfinished, whole = args.output_dir / "unfinished", args.output_dir / f"checkpoint-{step}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        with user_error(
-            f"{whole} cannot be written; those before it are whole: make room, then --resume_from_checkpoint"
-        ):
-            save_lora_adapters(model, unfinished, {**vars(args), "base_fingerprint": run["base_ckpt"]})
-            state = {"run": run, "step": step, "optimizer": optimizer.state_dict()["state"]}
-            torch.save(state, unfinished / TRAINER_STATE)
-            write_through(*unfinished.iterdir(), unfinished)  # on the disk before it has its name
-            unfinished.rename(whole)
-            write_through(args.output_dir)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with user_error(f"{whole} cannot be written; those before it are whole: make room, then resume"):
+        save_lora_adapters(model, unfinished, {**vars(args), "base_fingerprint": run["base_ckpt"]})
+        state = {"run": run, "step": step, "optimizer": optimizer.state_dict()["state"]}
+        torch.save(state, unfinished / "trainer_state.pt")
+        for path in (*unfinished.iterdir(), unfinished):  # on the disk before it has its name
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        unfinished.rename(whole)
     for folder in list_checkpoints(args.output_dir)[: -args.save_total_limit]:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -307,19 +251,16 @@ def load_adapter(base: HiggsAudioModel, name: str, base_id: str) -> PeftModel:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         model = PeftModel(base, LoraConfig.from_pretrained(folder)).eval()
         args = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
-        known = args.get("base_fingerprint")
-    if not known:
+    if "base_fingerprint" not in args:
         warnings.warn(f"--adapter {name} does not say which base it was trained on", stacklevel=2)
-    elif known != base_id:
+    elif args["base_fingerprint"] != base_id:
         raise UserError(f"--adapter {name} was trained on another base: {args.get('base_ckpt')}")
-    expected = get_peft_model_state_dict(model)
-    problems = [(key, "is missing") for key in expected.keys() - tensors.keys()]
-    for key, tensor in tensors.items():
-        if key not in expected or tensor.shape != expected[key].shape:
-            shape = tuple(expected[key].shape) if key in expected else "none"
-            problems.append((key, f"has shape {tuple(tensor.shape)}, expected {shape}"))
-        elif not tensor.isfinite().all():
-            problems.append((key, "holds numbers that are not finite; look at its training"))
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    expected = {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(model).items()}
+    wrong = [key for key in shapes | expected if shapes.get(key) != expected.get(key)]
+    problems = [(key, f"has shape {shapes.get(key)}, expected {expected.get(key)}") for key in wrong]
+    damaged = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    problems += [(key, "holds numbers that are not finite; look at its training") for key in damaged]
     raise_if_any(f"--adapter {name} does not fit the base", problems)
     set_peft_model_state_dict(model, tensors)
     return model
@@ -331,8 +272,8 @@ def merge(base_ckpt: str, adapter: str, output_dir: Path) -> None:
         raise UserError(f"--output_dir {output_dir} is there already; choose another")
     source = download("--base_ckpt", base_ckpt, BASE_FILES)
     open_base(source)
-    base = load_base(source, "auto", "cpu")
-    model = load_adapter(base, adapter, base_fingerprint(source)).merge_and_unload()
+    base_id = base_fingerprint(source)
+    model = load_adapter(load_base(source, "auto", "cpu"), adapter, base_id).merge_and_unload()
     model.config._name_or_path = "" if os.path.isdir(base_ckpt) else split_name(base_ckpt)[0]
     parent = output_dir.absolute().parent
     with user_error(f"--output_dir {output_dir} cannot be written"):

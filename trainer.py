@@ -7,11 +7,9 @@ torchrun --nproc_per_node=8 trainer.py --train_manifest train.json --output_dir 
 
 import argparse
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import resource
@@ -39,6 +37,34 @@ import dataset
 import lora
 from dataset import UserError, user_error
 
+# Micro-batches differ in shape: in segments of fixed size the GPU's memory would fall into pieces
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# (name, type, default, help) of the flags
+FLAGS = [
+    ("base_ckpt", str, lora.BASE, "the base: a folder, or NAME or NAME@REVISION on the hub"),
+    ("audio_tokenizer", str, lora.CODEC, "the codec: a folder, or NAME or NAME@REVISION on the hub"),
+    ("code_cache", Path, None, "folder of the encoded clips (None: code_cache beside the manifest)"),
+    ("lora_r", int, 16, "rank of the LoRA matrices"),
+    ("lora_alpha", int, 32, "the adapter's output is scaled by lora_alpha / lora_r"),
+    ("lora_dropout", float, 0.05, "dropout of the adapter's input"),
+    ("batch_size", int, 2, "samples of a micro-batch, where max_tokens sets no limit"),
+    ("grad_accum", int, 8, "times batch_size and ranks: the samples of an optimizer step"),
+    ("max_tokens", int, None, "positions of a micro-batch with padding (None: what a GPU fits; 0: no limit)"),
+    ("lr", float, 2e-4, "highest learning rate of the cosine schedule"),
+    ("warmup_ratio", float, 0.03, "share of the steps in which the learning rate rises from 0"),
+    ("weight_decay", float, 0.0, "AdamW's weight decay"),
+    ("max_grad_norm", float, 1.0, "the gradient is clipped to this norm (0: never)"),
+    ("epochs", int, 2, "how often each sample is trained"),
+    ("max_steps", int, None, "number of optimizer steps (None: as many as --epochs makes)"),
+    ("seed", int, 42, "of the order of samples, of LoRA's first weights and of dropout"),
+    ("num_workers", int, None, "DataLoader workers a rank (None: half of its cores, 16 at most)"),
+    ("logging_steps", int, 10, "steps between two lines of metrics"),
+    ("save_steps", int, None, "steps between two checkpoints (None: ten checkpoints a run)"),
+    ("save_total_limit", int, 10, "how many of the newest checkpoints are kept, of 0.5 GB each"),
+    ("resume_from_checkpoint", str, None, "a checkpoint's folder, or auto: output_dir's newest, if any"),
+]
+HIGHEST = {"seed": 2**63 - 1, "lora_dropout": 1, "warmup_ratio": 1, "lora_r": 4096, "num_workers": 256}
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Show each flag's default, and keep the line breaks of the commands."""
@@ -47,100 +73,52 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. A number that makes no run ends the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-
-    def flag(name, kind, default, explanation, **more):
-        parser.add_argument(name, type=kind, default=default, help=explanation, **more)
-
-    flag(
-        "--train_manifest",
-        Path,
-        argparse.SUPPRESS,
-        "the samples: ChatML in a JSON array, or JSONL",
-        required=True,
-    )
-    flag("--output_dir", Path, argparse.SUPPRESS, "gets the adapter, checkpoints and metrics", required=True)
-    flag("--base_ckpt", str, lora.BASE, "the base: a folder, or NAME or NAME@REVISION on the hub")
-    flag("--audio_tokenizer", str, lora.CODEC, "the codec: a folder, or NAME or NAME@REVISION on the hub")
-    flag("--code_cache", Path, None, "folder of the encoded clips (None: code_cache beside the manifest)")
-    heard = "whether a reference in a user or system turn is heard (auto: as the base's config says)"
-    flag("--return_audio_in_tokens", str, "auto", heard, choices=["auto", "false"])
-    flag("--lora_r", int, 16, "rank of the LoRA matrices")
-    flag("--lora_alpha", int, 32, "the adapter's output is scaled by lora_alpha / lora_r")
-    flag("--lora_dropout", float, 0.05, "dropout of the adapter's input")
-    flag("--batch_size", int, 2, "samples of a micro-batch, where max_tokens sets no limit")
-    flag("--grad_accum", int, 8, "times batch_size and ranks: the samples of an optimizer step")
-    flag(
-        "--max_tokens",
-        int,
-        None,
-        "positions of a micro-batch with padding (None: what a GPU fits; 0: no limit)",
-    )
-    flag("--lr", float, 2e-4, "highest learning rate of the cosine schedule")
-    flag("--warmup_ratio", float, 0.03, "share of the steps in which the learning rate rises from 0")
-    flag("--weight_decay", float, 0.0, "AdamW's weight decay")
-    flag("--max_grad_norm", float, 1.0, "the gradient is clipped to this norm (0: never)")
-    flag("--epochs", int, 2, "how often each sample is trained")
-    flag("--max_steps", int, None, "number of optimizer steps (None: as many as --epochs makes)")
-    flag("--seed", int, 42, "of the order of samples, of LoRA's first weights and of dropout")
-    flag("--precision", str, "auto", "of the base (auto: bf16 on a GPU)", choices=["auto", "bf16", "fp32"])
-    layers_twice = "compute each layer twice, to save memory"
-    parser.add_argument("--gradient_checkpointing", action="store_true", help=layers_twice)
-    flag(
-        "--num_workers",
-        int,
-        None,
-        "DataLoader workers a rank (None: half of its share of the cores, 16 at most)",
-    )
-    flag("--logging_steps", int, 10, "steps between two lines of metrics")
-    flag("--save_steps", int, None, "steps between two checkpoints (None: ten checkpoints a run)")
-    flag("--save_total_limit", int, 10, "how many of the newest checkpoints are kept, of 0.5 GB each")
-    flag("--resume_from_checkpoint", str, None, "a checkpoint's folder, or auto: output_dir's newest, if any")
+    add = parser.add_argument
+    add("--train_manifest", type=Path, required=True, help="the samples: ChatML in a JSON array, or JSONL")
+    add("--output_dir", type=Path, required=True, help="gets the adapter, checkpoints and metrics")
+    heard = "whether references in user and system turns are heard (auto: as the base's config says)"
+    add("--return_audio_in_tokens", choices=["auto", "false"], default="auto", help=heard)
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU")
+    add("--gradient_checkpointing", action="store_true", help="compute each layer twice, to save memory")
+    for name, kind, default, explanation in FLAGS:
+        add(f"--{name}", type=kind, default=default, help=explanation)
     args = parser.parse_args(argv)
     if args.num_workers is None:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.num_workers = min(16, max(1, cores // 2))
-    highest = {"batch_size": 4096, "grad_accum": 10**5, "lora_r": 4096, "num_workers": 256, "seed": 2**63 - 1}
-    highest |= {"lora_dropout": 1, "warmup_ratio": 1}
     for name, value in vars(args).items():
-        low = 1 if type(value) is int and name not in ("seed", "num_workers", "max_tokens") else 0
-        high = highest.get(name, 10**9 if type(value) is int else sys.float_info.max)
+        low = 0 if isinstance(value, float) or name in ("seed", "num_workers", "max_tokens") else 1
+        high = HIGHEST.get(name, 10**6 if isinstance(value, int) else sys.float_info.max)
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"--{name} is {value}; expected {low} or more, at most {high}")
     return args
 
 
 def choose_device() -> torch.device:
-    """This rank's GPU, or the CPU. Raises UserError for a GPU that cannot be used, and for too few GPUs."""
+    """This rank's GPU, or the CPU where there is none. Raises UserError for a GPU that cannot be used."""
     if torch.cuda.is_available():
-        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if ranks > gpus:
-            raise UserError(f"--nproc_per_node is {ranks}, but this machine has {gpus} GPUs for it")
-        # Micro-batches differ in shape: in segments of fixed size the memory would fall into pieces
-        if "PYTORCH_ALLOC_CONF" not in os.environ:
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         # cuDNN attention makes a plan for each new length, which takes about a second each time
         torch.backends.cuda.enable_cudnn_sdp(False)
+        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if ranks > gpus:
+            raise UserError(f"--nproc_per_node is {ranks}, but the number of GPUs here is {gpus}")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         return device
-    wanted = torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
-    if wanted and (os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")):
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or torch.version.cuda is None
+    if not is_hidden and (os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")):
         raise UserError(
             f"the NVIDIA driver of this machine is too old for torch {torch.__version__}, or sees no GPU: "
-            "update it to 580 or newer, or install a torch for its CUDA; CUDA_VISIBLE_DEVICES= uses the CPU"
+            "update it to 580 or newer; CUDA_VISIBLE_DEVICES= uses the CPU"
         )
     return torch.device("cpu")
 
 
 def describe_device(args, device: torch.device) -> str:
-    """One line on what this run computes with, to be read before anything large is loaded."""
-    card = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    )
-    tokens = "automatic" if args.max_tokens is None else args.max_tokens
-    return (
-        f"device: {device} ({card}), base in {lora.base_dtype(args.precision, device)}, max_tokens {tokens}"
-    )
+    """What a run computes with, to be read before anything large is loaded."""
+    threads = f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    return f"device: {device} ({name}), base in {lora.base_dtype(args.precision, device)}"
 
 
 def join_ranks(device: torch.device) -> None:
@@ -189,30 +167,26 @@ def open_inputs(args, device: torch.device) -> tuple[dataset.StepDataset, Path, 
     codec = lora.download("--audio_tokenizer", args.audio_tokenizer, lora.CODEC_FILES)
     config, tokenizer = lora.open_base(base)
     collator = dataset.build_collator(entries, config, args.return_audio_in_tokens)
-    codec_id = dataset.codec_fingerprint(codec)
-    cache = args.code_cache or args.train_manifest.parent / "code_cache"
-    files = dataset.code_files(entries, cache, f"{codec_id} {device.type}")
-    data = dataset.StepDataset(entries, files, tokenizer, collator, args.batch_size, args.max_tokens)
     names = "lora_r", "lora_alpha", "lora_dropout", "seed"
-    run = {name: getattr(args, name) for name in names} | {
-        "train_manifest": hashlib.sha256(args.train_manifest.read_bytes()).hexdigest(),
-        "base_ckpt": lora.base_fingerprint(base),
-        "audio_tokenizer": codec_id,
-        "precision": str(lora.base_dtype(args.precision, device)),
-        "return_audio_in_tokens": collator.return_audio_in_tokens,
-    }
+    run = {name: getattr(args, name) for name in names}
+    run["train_manifest"] = hashlib.sha256(args.train_manifest.read_bytes()).hexdigest()
+    run["base_ckpt"] = lora.base_fingerprint(base)
+    run["audio_tokenizer"] = dataset.codec_fingerprint(codec)
+    run["return_audio_in_tokens"] = collator.return_audio_in_tokens
+    run["precision"] = str(lora.base_dtype(args.precision, device))
+    cache = args.code_cache or args.train_manifest.parent / "code_cache"
+    files = dataset.code_files(entries, cache, f"{run['audio_tokenizer']} {device.type}")
+    data = dataset.StepDataset(entries, files, tokenizer, collator, args.batch_size, args.max_tokens)
     return data, base, codec, run
 
 
-def encode_missing(data, codec: Path, device: torch.device, num_workers: int) -> None:
+def encode_missing(data: dataset.StepDataset, codec: Path, device: torch.device, num_workers: int) -> None:
     """Encode the clips that the cache lacks, each on one rank. All ranks must call it. Raises UserError."""
     missing = on_rank_0(dataset.find_missing, data.code_files)
     if missing:
-        on_rank_0(dataset.check_cache, missing[0][1].parent)
         model = on_all_ranks(dataset.load_codec, codec, device)
-        rank = dist.get_rank()
-        mine = missing[rank :: dist.get_world_size()]  # sorted by size: equal shares
-        on_all_ranks(dataset.encode_clips, mine, data.entries, model, num_workers, rank == 0)
+        mine = missing[dist.get_rank() :: dist.get_world_size()]  # sorted by size: equal shares
+        on_all_ranks(dataset.encode_clips, mine, data.entries, model, num_workers)
 
 
 class LossModel(torch.nn.Module):
@@ -274,6 +248,24 @@ def compute_gradients(model, micro_batches: list, label_counts: torch.Tensor, de
     return sums
 
 
+def fit_max_tokens(args, model, free_bytes: int) -> int:
+    """Positions whose activations fill 3/4 of the memory, a power of two of at most 16,384.
+
+    Bytes a position, layer and hidden column are the released shape's, counted on tests/support's CUDA.
+    """
+    config, trainable = (
+        model.config.text_config,
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+    layer = 63.3 if args.lora_dropout else 46.7
+    kept = layer * config.num_hidden_layers
+    if args.gradient_checkpointing:
+        kept = layer + 2 * config.num_hidden_layers
+    free_bytes -= 12 * trainable  # gradients and AdamW's two moments, float32
+    positions = 0.75 * free_bytes / ((kept + 7.7) * config.hidden_size)
+    return 2 ** int(math.log2(max(1, min(positions, 16_384))))
+
+
 def choose_max_tokens(args, model, state: dict, device: torch.device) -> int:
     """Padded positions of a micro-batch: the flag's, the resumed run's, or what each rank's GPU fits."""
     if args.max_tokens is not None:
@@ -283,32 +275,25 @@ def choose_max_tokens(args, model, state: dict, device: torch.device) -> int:
     if device.type == "cpu":
         return 0
     torch.cuda.empty_cache()  # of the codec
-    fitting = torch.tensor(lora.fit_max_tokens(args, model, torch.cuda.mem_get_info()[0]))
+    fitting = torch.tensor(fit_max_tokens(args, model, torch.cuda.mem_get_info()[0]))
     dist.all_reduce(fitting, dist.ReduceOp.MIN)
     return int(fitting)
 
 
-def run_largest(model, optimizer, data: dataset.StepDataset, lengths: list[int], device) -> tuple:
+def run_largest(model, data: dataset.StepDataset, lengths: list[int], device: torch.device) -> tuple:
     """Run the largest micro-batch twice, without an update, so that memory does not run out later.
 
     DDP lays out its buckets anew after the first backward pass, which changes the order of its sums: after
     two, a resumed run has the order of one that never stopped. Returns the micro-batch.
     """
-    order, limit = sorted(range(len(lengths)), key=lambda i: -lengths[i]), data.max_tokens
-    sizes = [max(1, limit // lengths[i]) if limit else data.batch_size for i in order]
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    sizes = [max(1, data.max_tokens // lengths[i]) if data.max_tokens else data.batch_size for i in order]
     padded = [lengths[i] * min(sizes[k], len(order) - k) for k, i in enumerate(order)]
-    k = padded.index(max(padded))
-    # `lengths` are estimates: of twice as many samples, take by their true lengths what fits
-    group = sorted(((data.load_sample(i)[0], i) for i in order[k : k + 2 * sizes[k]]), reverse=True)
-    size = max(1, limit // group[0][0]) if limit else data.batch_size
-    uncut = dataclasses.replace(data, max_tokens=0, batch_size=size)
-    [(batch, counts)] = uncut[[i for _, i in group[:size]]]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # AdamW's first step makes two moments, which a resumed run has already
-    moments = [] if optimizer.state else [torch.empty_like(parameter) for parameter in trainable * 2]
+    first = padded.index(max(padded))
+    # `lengths` are estimates: of twice as many samples, data's own cut by true lengths has the largest
+    batch, counts = max(data[order[first : first + 2 * sizes[first]]], key=lambda pair: pair[1][-1])
     for _ in range(2):
         compute_gradients(model, [(batch, counts)], torch.from_numpy(counts[:-2]), device)
-    del moments
     model.zero_grad()
     return batch, counts
 
@@ -327,11 +312,11 @@ def build_optimizer(model, args, total_steps: int, state: dict):
 
 def open_metrics(output_dir: Path, step: int) -> SummaryWriter:
     """TensorBoard's writer. metrics.jsonl keeps its lines up to `step`: later steps are done again."""
-    file, kept = output_dir / "metrics.jsonl", []
+    file = output_dir / "metrics.jsonl"
     with user_error(f"--output_dir {output_dir} cannot be written"):
-        for line in file.read_text().splitlines() if file.exists() else []:
-            with contextlib.suppress(ValueError):  # a kill can cut the last line off
-                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        # A kill can cut the last line off
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
         file.with_suffix(".unfinished").write_text("".join(kept))
         file.with_suffix(".unfinished").replace(file)
         return SummaryWriter(output_dir / "runs", purge_step=step + 1)
@@ -363,43 +348,37 @@ def train(args: argparse.Namespace) -> None:
     checkpoint = on_rank_0(lora.open_output, args.output_dir, args.resume_from_checkpoint)
     on_rank_0(print, describe_device(args, device))
     data, base, codec, run = on_all_ranks(open_inputs, args, device)
-    run["samples_per_step"] = args.batch_size * args.grad_accum * world_size
+    samples_per_step = run["samples_per_step"] = args.batch_size * args.grad_accum * world_size
     state = on_all_ranks(lora.read_checkpoint, checkpoint, run)
     encode_missing(data, codec, device, args.num_workers)
     lengths = on_all_ranks(dataset.estimate_lengths, data)
+    total_steps = args.max_steps or math.ceil(args.epochs * len(lengths) / samples_per_step)
+    save_steps = args.save_steps or math.ceil(total_steps / 10)
+
     adapter = on_all_ranks(lora.build_model, args, base, device)
     data.max_tokens = run["max_tokens"] = choose_max_tokens(args, adapter, state, device)
-    on_rank_0(
-        print, f"max_tokens: {data.max_tokens} padded positions a micro-batch (0: --batch_size samples)"
-    )
-
-    total_steps = args.max_steps or math.ceil(args.epochs * len(lengths) / run["samples_per_step"])
-    save_steps = args.save_steps or math.ceil(total_steps / 10)
+    on_rank_0(print, f"max_tokens: {data.max_tokens} positions a micro-batch (0: --batch_size samples)")
     optimizer, schedule = build_optimizer(adapter, args, total_steps, state)
     # All ranks drew the same adapter: init_sync would send the whole frozen base
     model = DDP(LossModel(adapter), broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
-    run_largest(model, optimizer, data, lengths, device)
+    run_largest(model, data, lengths, device)
     _set_pg_timeout(timedelta(minutes=15))  # a rank that is waited for longer from here on hangs
 
+    def samples_of(step):
+        return dataset.samples_of_step(step, len(lengths), samples_per_step, args.seed)
+
     def load_step(step):  # in a worker
-        samples = dataset.samples_of_step(step, len(lengths), run["samples_per_step"], args.seed)
-        return data[dataset.split_over_ranks(samples, lengths, world_size)[rank]]
+        return data[dataset.split_over_ranks(samples_of(step), lengths, world_size)[rank]]
 
     steps = dataset.in_workers(load_step, range(state["step"], total_steps), args.num_workers)
-    board = on_all_ranks(open_metrics if rank == 0 else lambda *_: None, args.output_dir, state["step"])
+    board = on_all_ranks(open_metrics, args.output_dir, state["step"]) if rank == 0 else on_all_ranks(bool)
     stop = []  # a lock, as threading.Event has, could wait for itself in a second signal
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # Slurm can send the last before its end
         signal.signal(number, lambda *_: stop.append(True))
     began, waited, positions, logged_step = time.perf_counter(), 0.0, 0, state["step"]
     skipped = skipped_in_a_row = 0
-    bar = tqdm(
-        range(state["step"] + 1, total_steps + 1),
-        "training",
-        initial=state["step"],
-        total=total_steps,
-        disable=rank > 0,
-    )
-    for step in bar:
+    bar = tqdm(total=total_steps, initial=state["step"], desc="training", disable=rank > 0)
+    for step in range(state["step"] + 1, total_steps + 1):
         waited -= time.perf_counter()
         micro_batches = on_all_ranks(next, steps)
         waited += time.perf_counter()
@@ -408,24 +387,23 @@ def train(args: argparse.Namespace) -> None:
         counts = torch.tensor([*sum(counts for _, counts in micro_batches), bool(stop)])
         dist.all_reduce(counts)  # label counts, positions without and with padding, ranks asked to stop
         label_counts, positions = counts[:-3], positions + counts[-3:-1]
-        is_last = step == total_steps
         sums = compute_gradients(model, micro_batches, label_counts, device)
         grad_norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), args.max_grad_norm or math.inf)
-        if grad_norm.isfinite():
+        is_finite = bool(grad_norm.isfinite())
+        if is_finite:
             optimizer.step()
-            skipped_in_a_row = 0
-        else:
-            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+        skipped, skipped_in_a_row = skipped + (not is_finite), 0 if is_finite else skipped_in_a_row + 1
         optimizer.zero_grad()
         schedule.step()
-        gives_up = skipped_in_a_row == min(10, total_steps - state["step"])
+        bar.update()
+        is_last, gives_up = step == total_steps, skipped_in_a_row == min(10, total_steps - state["step"])
         if step % args.logging_steps == 0 or is_last or gives_up:
             dist.all_reduce(sums)
             text_loss, *codebooks = (sums.cpu() / label_counts.clamp(min=1)).tolist()
             audio_loss, seconds = sum(codebooks) / len(codebooks), time.perf_counter() - began
             metrics = {
                 "step": step,
-                "epoch": step * run["samples_per_step"] / len(lengths),
+                "epoch": step * samples_per_step / len(lengths),
                 "loss": text_loss + audio_loss,
                 "text_loss": text_loss,
                 "audio_loss": audio_loss,
@@ -433,7 +411,7 @@ def train(args: argparse.Namespace) -> None:
                 "lr": schedule.get_last_lr()[0],
                 "grad_norm": grad_norm.item(),
                 "skipped_steps": skipped,
-                "samples_per_s": (step - logged_step) * run["samples_per_step"] / seconds,
+                "samples_per_s": (step - logged_step) * samples_per_step / seconds,
                 "tokens_per_s": positions[0].item() / seconds,
                 "padding": 1 - (positions[0] / positions[1]).item(),
                 "data_wait": waited / seconds,
@@ -443,22 +421,19 @@ def train(args: argparse.Namespace) -> None:
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", samples_per_s=f"{metrics['samples_per_s']:.1f}")
             began, waited, positions, logged_step = time.perf_counter(), 0.0, 0, step
         if gives_up:
-            samples = dataset.samples_of_step(step - 1, len(lengths), run["samples_per_step"], args.seed)
             raise UserError(
                 f"loss or gradient not finite up to step {step}: lower --lr, or look at its entries "
-                f"{samples}; this run began from {checkpoint or 'the start'}"
+                f"{samples_of(step - 1)}; this run began from {checkpoint or 'the start'}"
             )
         stops = counts[-1] > 0
-        if stops or is_last or (step % save_steps == 0 and grad_norm.isfinite()):
+        if stops or is_last or (step % save_steps == 0 and is_finite):
             on_rank_0(lora.save_checkpoint, adapter, optimizer, run, args, step)
+            checkpoint = args.output_dir / f"checkpoint-{step}"
         if stops and not is_last:
-            return on_rank_0(
-                print, f"\nstopped at step {step}: all is saved; --resume_from_checkpoint auto goes on"
-            )
-    last = max(total_steps, state["step"])
-    folder = args.output_dir / f"checkpoint-{last}" if last > state["step"] else checkpoint
-    on_rank_0(lora.publish, folder, args.output_dir)
-    on_rank_0(print, f"\ndone: {last} steps, the adapter is in {args.output_dir}")
+            resume = "all is saved; --resume_from_checkpoint auto goes on"
+            return on_rank_0(print, f"\nstopped at step {step}: {resume}")
+    on_rank_0(lora.publish, checkpoint, args.output_dir)
+    on_rank_0(print, f"\ndone: {max(total_steps, state['step'])} steps, the adapter is in {args.output_dir}")
 
 
 def run_and_exit(function, *args) -> None:
@@ -466,7 +441,7 @@ def run_and_exit(function, *args) -> None:
 
     Python's own way out would wait for DataLoader workers, and gloo's threads can abort in it.
     """
-    exit_code, message = 1, None
+    exit_code = 1
     sys.stdout.reconfigure(line_buffering=True)  # a pipe, too, has each line at once
     try:
         function(*args)
@@ -475,20 +450,15 @@ def run_and_exit(function, *args) -> None:
         exit_code = 0
     except UserError as error:  # all ranks raise it, one tells it
         rank = "RANK" if dist.is_initialized() else "LOCAL_RANK"
-        message = str(error) if os.environ.get(rank, "0") == "0" else None
+        if os.environ.get(rank, "0") == "0":
+            print(f"\nerror: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
-        message = f"{error}; try --gradient_checkpointing, smaller --batch_size or --max_tokens"
-    except KeyboardInterrupt:
-        message = "interrupted"
-    except Exception as error:
+        print(f"\nerror: {error}; try --gradient_checkpointing or a smaller --max_tokens", file=sys.stderr)
+    except BaseException as error:  # the process ends here, so a bug's traceback is shown here
         if str(error).startswith("DataLoader "):
-            message = f"{error}: memory or a disk may be at fault; --num_workers 0 tells more"
+            print(f"\nerror: {error}: is memory or a disk full? --num_workers 0 tells more", file=sys.stderr)
         else:
             traceback.print_exc()
-    if message:
-        print(f"\nerror: {message}", file=sys.stderr)
-    for worker in multiprocessing.active_children():
-        worker.kill()  # it ignores SIGTERM
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

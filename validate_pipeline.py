@@ -128,7 +128,6 @@ def measure_clip(path: str) -> tuple[float, float]:
 
 def find_odd_clips(clips: list[str], num_workers: int) -> list[tuple[str, str]]:
     """(clip, what) where it ends in silence, or is clipped."""
-    dataset.import_librosa()
     found, measured = [], dataset.in_workers(measure_clip, clips, num_workers)
     for path, (silence, clipped) in zip(clips, tqdm(measured, "checking clips", len(clips)), strict=True):
         if silence > 0.5:
@@ -145,8 +144,7 @@ def time_largest(args, data, base: Path, lengths: list[int], device: torch.devic
     report("trainable", f"{sum(trainable):,} parameters")
     data.max_tokens = trainer.choose_max_tokens(args, adapter, {"step": 0}, device)
     model = DDP(trainer.LossModel(adapter), gradient_as_bucket_view=True)
-    optimizer, _ = trainer.build_optimizer(adapter, args, 1, {"step": 0})
-    batch, counts = trainer.run_largest(model, optimizer, data, lengths, device)
+    batch, counts = trainer.run_largest(model, data, lengths, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -162,7 +160,10 @@ def time_largest(args, data, base: Path, lengths: list[int], device: torch.devic
 
 
 def preflight(args: argparse.Namespace, device: torch.device) -> None:
-    """What trainer.py would do with the user's data, or refuse. Raises UserError for what must be mended."""
+    """Report what a manifest holds, what is doubtful in it, and what it would cost to train.
+
+    Raises UserError for all that trainer.py would refuse.
+    """
     print(trainer.describe_device(args, device))
     data, base, codec, _ = trainer.open_inputs(args, device)
     trainer.encode_missing(data, codec, device, args.num_workers)
@@ -198,18 +199,17 @@ def mean_losses(model, data: dataset.StepDataset, device: torch.device) -> dict[
     return {"text": text, "audio": audio, "total": text + audio, **numbered}
 
 
-def write_audio(args, data, base: Path, codec: Path, adapters: dict[str, str], device) -> pd.DataFrame:
+def write_audio(args, data, run: dict, base: Path, codec: Path, adapters: dict, device) -> pd.DataFrame:
     """Let base and adapters speak the first three entries; a table of players, a row an entry."""
-    dataset.hubert_revision()  # refuses a HuBERT with code, which the engine would run
     logger.disable("boson_multimodal")  # it tells each of its steps
     # On cuda:0 the engine captures no graphs: on "cuda" it does, in config.json's dtype and of the base
     dtype = lora.base_dtype(args.precision, device)
     engine = HiggsAudioServeEngine(str(base), str(codec), device=str(device), torch_dtype=dtype)
     engine.collator.return_audio_in_tokens = data.collator.return_audio_in_tokens
-    base_model, base_id, rows = engine.model, lora.base_fingerprint(base), {}
+    base_model, rows = engine.model, {}
     for name in ["target", "base", *adapters]:
         if name in adapters:
-            engine.model = lora.load_adapter(base_model, adapters[name], base_id)
+            engine.model = lora.load_adapter(base_model, adapters[name], run["base_ckpt"])
         for i, entry in enumerate(data.entries[:3]):
             turns = entry["messages"]
             reply = max(k for k, turn in enumerate(turns) if turn["role"] == "assistant")
@@ -219,10 +219,8 @@ def write_audio(args, data, base: Path, codec: Path, adapters: dict[str, str], d
             file.unlink(missing_ok=True)  # of an earlier comparison
             if name == "target":
                 for _, path in dataset.clips_of({"messages": turns[reply:]})[:1]:
-                    codes = torch.tensor(
-                        dataset.load_codes(data.code_files[path])
-                    ).long()  # (num_codebooks, T)
-                    wave = engine.audio_tokenizer.decode(codes[None])[0, 0]  # (samples,)
+                    codes = torch.tensor(dataset.load_codes(data.code_files[path]))  # (num_codebooks, T)
+                    wave = engine.audio_tokenizer.decode(codes[None].long())[0, 0]  # (samples,)
             else:
                 limit = min(1024, 2 * data.load_sample(i)[0])  # babble ends at twice the length
                 try:
@@ -243,7 +241,7 @@ def write_audio(args, data, base: Path, codec: Path, adapters: dict[str, str], d
 
 def compare(args: argparse.Namespace, names: list[str], device: torch.device) -> None:
     """Losses of base and adapters on the first 50 entries; what they sound like, in output_dir/index.html."""
-    data, base, codec, _ = trainer.open_inputs(args, device)
+    data, base, codec, run = trainer.open_inputs(args, device)
     data.entries = data.entries[:50]
     used = {path for entry in data.entries for _, path in dataset.clips_of(entry)}
     data.code_files = {path: file for path, file in data.code_files.items() if path in used}
@@ -252,10 +250,10 @@ def compare(args: argparse.Namespace, names: list[str], device: torch.device) ->
     if len(adapters) < len(names) or {"base", "target"} & adapters.keys():  # names that are not unique
         adapters = {name.strip("/").replace("/", "-"): name for name in names}
     base_model = lora.load_base(base, lora.base_dtype(args.precision, device), device)
-    model, base_id = trainer.LossModel(base_model), lora.base_fingerprint(base)
+    model = trainer.LossModel(base_model)
     losses = {"base": mean_losses(model, data, device)}
     for name, folder in adapters.items():
-        model.model = lora.load_adapter(base_model, folder, base_id)
+        model.model = lora.load_adapter(base_model, folder, run["base_ckpt"])
         losses[name] = mean_losses(model, data, device)
         model.model.unload()
     table = pd.DataFrame(losses).T
@@ -271,7 +269,7 @@ def compare(args: argparse.Namespace, names: list[str], device: torch.device) ->
         print("warning: the base's own loss is smaller than each adapter's")
     del model, base_model  # the engine loads its own
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    players = write_audio(args, data, base, codec, adapters, device)
+    players = write_audio(args, data, run, base, codec, adapters, device)
     heads = {name: f"{html.escape(name)}<br>loss {table['total'][name]:.3f}" for name in losses}
     with pd.option_context("display.max_colwidth", None):  # it cuts long cells off
         page = players.rename(columns=heads).to_html(escape=False)

@@ -57,7 +57,7 @@ def saved(tmp_path, lora_model, optimizer):
 def test_results_are_not_trained_over(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    with pytest.raises(UserError, match="already holds an adapter or checkpoints; choose"):
+    with pytest.raises(UserError, match="holds a run: choose"):
         lora.open_output(tmp_path, None)
 
 
@@ -73,13 +73,13 @@ def test_auto_takes_the_newest_and_paths_only_into_a_folder_that_is_not_ahead(tm
     for wanted in ("auto", f"{out}/checkpoint-100"):
         assert lora.open_output(out, wanted) == out / "checkpoint-100"
     for behind in (f"{out}/checkpoint-20", f"{elsewhere}"):
-        with pytest.raises(UserError, match="already holds an adapter or checkpoints"):
+        with pytest.raises(UserError, match="holds a run"):
             lora.open_output(out, behind)
     assert lora.open_output(tmp_path / "new", f"{elsewhere}") == elsewhere
     shutil.rmtree(out)
     out.mkdir()
     (out / "adapter_model.safetensors").touch()  # an adapter, but no checkpoint to go on from
-    with pytest.raises(UserError, match="already holds an adapter"):
+    with pytest.raises(UserError, match="holds a run"):
         lora.open_output(out, "auto")
 
 
@@ -87,7 +87,7 @@ def test_a_path_that_is_no_checkpoint_is_told(tmp_path):
     """Catches "damaged, remove it" of a run's own folder: obeying would delete the run."""
     (tmp_path / "out/checkpoint-20").mkdir(parents=True)
     for wanted in (tmp_path / "out", tmp_path / "out/checkpoint-2"):
-        with pytest.raises(UserError, match=f"{wanted} is no checkpoint; --output_dir has .*checkpoint-20"):
+        with pytest.raises(UserError, match=f"{wanted} is no checkpoint; there are .*checkpoint-20"):
             lora.open_output(tmp_path / "out", str(wanted))
 
 

@@ -116,7 +116,7 @@ def test_what_a_run_costs():
 
 
 def test_what_a_gpu_holds():
-    """Positions and gigabytes told for GPUs of 24 and 80 GB are lora.fit_max_tokens' and the weights' own."""
+    """Positions and gigabytes told for GPUs of 24 and 80 GB are fit_max_tokens' and the weights' own."""
     adapter, base = 39_452_672, 2 * 5_771_283_456  # in bfloat16
     assert f"take {(base + 16 * adapter) / 1e9:.1f} GB of a GPU" in README
     shape = SimpleNamespace(numel=lambda: adapter, requires_grad=True)
@@ -124,7 +124,7 @@ def test_what_a_gpu_holds():
 
     def positions(gigabytes, *flags):
         args = trainer.parse_args(["--train_manifest=train.json", "--output_dir=out", *flags])
-        return lora.fit_max_tokens(args, model, gigabytes * 2**30 - 0.8e9 - base - 4 * adapter)
+        return trainer.fit_max_tokens(args, model, gigabytes * 2**30 - 0.8e9 - base - 4 * adapter)
 
     told = "1,024 positions (40 s) on 24 GB, 8,192 on 80 GB, and 16,384, the most, on either with that flag"
     assert told in README and 1024 // 25 == 40
