@@ -64,7 +64,9 @@ def user_error(message: str):
 
 def raise_if_any(source, problems: list[tuple]) -> None:
     """Raise one UserError for all `problems`, pairs (where, what), if there are any."""
-    lines = ["  " + " ".join(f"{where}: {what}".split()) for where, what in problems[:20]]
+    lines = []
+    for where, what in problems[:20]:
+        lines.append("  " + " ".join(f"{where}: {what}".split()))  # in one line
     if len(problems) > 20:
         lines.append(f"  ... and {len(problems) - 20} more")
     if problems:
@@ -73,10 +75,14 @@ def raise_if_any(source, problems: list[tuple]) -> None:
 
 def list_parts(content: Any) -> list:
     """Make a content a list of objects with a type. ChatML also takes strings, one object, and no type."""
-    parts = content if isinstance(content, list) else [content]
-    parts = [{"text": part} if isinstance(part, str) else part for part in parts]
-    kinds = ["text" if isinstance(part, dict) and "text" in part else "audio" for part in parts]
-    return [{"type": kind, **part} if isinstance(part, dict) else part for kind, part in zip(kinds, parts)]
+    parts = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            part = {"text": part}
+        if isinstance(part, dict):
+            part = {"type": "text" if "text" in part else "audio", **part}
+        parts.append(part)
+    return parts
 
 
 def check_text(text: str) -> str:
@@ -183,14 +189,20 @@ def load_manifest(path: Path) -> list[dict]:
 
 def clips_of(entry: dict) -> list[tuple[str, str]]:
     """(role, path) of a loaded entry's clips, in order."""
-    parts = [(turn["role"], part) for turn in entry["messages"] for part in turn["content"]]
-    return [(role, part["audio_url"]) for role, part in parts if part["type"] == "audio"]
+    clips = []
+    for turn in entry["messages"]:
+        for part in turn["content"]:
+            if part["type"] == "audio":
+                clips.append((turn["role"], part["audio_url"]))
+    return clips
 
 
 def texts_of(entry: dict) -> str:
     """All texts of a loaded entry, in order, with blanks between."""
-    parts = [part for turn in entry["messages"] for part in turn["content"]]
-    return " ".join(part["text"] for part in parts if part["type"] == "text")
+    texts = []
+    for turn in entry["messages"]:
+        texts += [part["text"] for part in turn["content"] if part["type"] == "text"]
+    return " ".join(texts)
 
 
 def codec_fingerprint(folder: Path) -> str:
@@ -201,12 +213,14 @@ def codec_fingerprint(folder: Path) -> str:
     with user_error(f"{HUBERT}, which the codec loads, is not there: huggingface-cli download {HUBERT}"):
         settings, _ = PretrainedConfig.get_config_dict(HUBERT)
         code = settings.get("auto_map") or utils.find_adapter_config_file(HUBERT)
+        revision = str(settings["_commit_hash"])
     if code:
-        raise UserError(f"{HUBERT}, revision {settings['_commit_hash']}, would run code: {code}")
+        raise UserError(f"{HUBERT}, revision {revision}, would run code: {code}")
     with user_error(f"--audio_tokenizer {folder}: no codec there"):
         with open(folder / "model.pth", "rb") as weights:
             digest = hashlib.file_digest(weights, "sha256")
-        digest.update((folder / "config.json").read_bytes() + str(settings["_commit_hash"]).encode())
+        digest.update((folder / "config.json").read_bytes())
+    digest.update(revision.encode())
     return digest.hexdigest()
 
 
@@ -224,7 +238,7 @@ def code_files(entries: list[dict], cache: Path, codec_id: str) -> dict[str, Pat
 
 def find_missing(files: dict[str, Path]) -> list[tuple[str, Path]]:
     """(path, file) of the clips whose codes are not in the cache, the largest first."""
-    missing = [(path, file) for path, file in files.items() if not file.exists()]
+    missing = [clip for clip in files.items() if not clip[1].exists()]
     return sorted(missing, key=lambda clip: os.path.getsize(clip[0]), reverse=True)
 
 
@@ -233,7 +247,8 @@ def load_codec(folder: Path, device: torch.device | str):
     warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
     with user_error(f"--audio_tokenizer {folder} cannot be loaded"):
         codec = load_higgs_audio_tokenizer(str(folder), device=str(device))
-    if not all(buffer.all() for name, buffer in codec.named_buffers() if name.endswith("inited")):
+    inited = [buffer for name, buffer in codec.named_buffers() if name.endswith("inited")]
+    if not all(buffer.all() for buffer in inited):
         raise UserError(f"--audio_tokenizer {folder} has codebooks that were never trained")
     return codec
 
@@ -253,16 +268,18 @@ class Watched(BytesIO):
 def find_lack(sound: soundfile.SoundFile, log: str, data: Watched, samples: int) -> str | None:
     """Why the decoded `samples` are not all that a clip holds: libsndfile decodes what it can, in silence."""
     content, is_mp3 = data.getvalue(), sound.format == "MP3"
-    sizes = re.search(r"(\d+) \(should be (\d+)\)", log)  # by the header, and as they are
-    if sizes and int(sizes[2]) + 64 < int(sizes[1]) < 1 << 30:  # a header miscounts; a stream tells 2 or 4 GB
-        return f"only {sizes[2]} of the {sizes[1]} bytes that its header tells are there: fetch it again"
+    if sizes := re.search(r"(\d+) \(should be (\d+)\)", log):
+        told, there = int(sizes[1]), int(sizes[2])
+        if there + 64 < told < 1 << 30:  # a header may count itself; that of a stream tells 2 or 4 GB
+            return f"only {there} of the {told} bytes that its header tells are there: fetch it again"
     if samples < sound.frames and (not is_mp3 or re.search(b"Xing|Info", content)):  # else it is a guess
         return f"its header tells {sound.frames / sound.samplerate:.3f} s: fetch it again"
     if content.count(STARTS.get(sound.format, b"OggS\0\2")) > 1:
         return "it is several files joined: write it again, as wav"
     if sound.format == "OGG":
-        page = content[content.rindex(b"OggS\0") :]  # flags at 5, the number of segments at 26, their sizes
-        if len(page) < 27 or not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27:][: page[26]]):
+        page = content[content.rindex(b"OggS\0") :].ljust(27, b"\0")
+        is_last, num_segments = page[5] & 4, page[26]
+        if not is_last or len(page) < 27 + num_segments + sum(page[27 : 27 + num_segments]):
             return "its last page is missing: fetch it again"
     rest = content[data.tell() :].split(b"APETAGEX")[0]  # that tag may hold a picture
     if is_mp3 and len(re.findall(MP3_FRAME, rest)) > 2:  # the last two may be padding
@@ -319,7 +336,8 @@ def encode_clips(clips: list[tuple], entries: list[dict], codec, num_workers: in
             return str(error)
 
     problems, waves = {}, in_workers(load, clips, num_workers)
-    bar = tqdm(waves, "encoding clips", len(clips), disable=os.environ.get("RANK", "0") != "0")
+    is_hidden = os.environ.get("RANK", "0") != "0"
+    bar = tqdm(waves, "encoding clips", len(clips), disable=is_hidden)
     for (path, file), wave in zip(clips, bar, strict=True):
         if isinstance(wave, str):
             problems[path] = wave
@@ -335,8 +353,11 @@ def encode_clips(clips: list[tuple], entries: list[dict], codec, num_workers: in
             with open(unfinished, "wb") as stream:
                 np.save(stream, codes.cpu().numpy().astype(np.int16))
             unfinished.rename(file)
-    used = [(i, path) for i, entry in enumerate(entries) for path in {path for _, path in clips_of(entry)}]
-    raise_if_any("clips", [(f"entry {i}", problems[path]) for i, path in used if path in problems])
+    bad = []
+    for i, entry in enumerate(entries):
+        for path in {path for _, path in clips_of(entry)} & problems.keys():
+            bad.append((f"entry {i}", problems[path]))
+    raise_if_any("clips", bad)
 
 
 def load_codes(file: Path) -> np.ndarray:
@@ -352,9 +373,11 @@ def build_collator(entries: list[dict], config, setting: str) -> HiggsAudioSampl
     """
     heard = bool(config.encode_audio_in_tokens and setting == "auto")
     if not heard:
-        roles = [{role for role, _ in clips_of(entry)} for entry in entries]
-        problem = "its reference never reaches this base; give it in an earlier assistant turn"
-        unheard = [(f"entry {i}", problem) for i in range(len(entries)) if roles[i] - {"assistant"}]
+        unheard = []
+        for i, entry in enumerate(entries):
+            if any(role != "assistant" for role, _ in clips_of(entry)):
+                problem = "its reference never reaches this base; give it in an earlier assistant turn"
+                unheard.append((f"entry {i}", problem))
         if setting == "auto":
             raise_if_any("encode_audio_in_tokens is false in --base_ckpt", unheard)
         elif unheard:
@@ -393,10 +416,10 @@ class StepDataset:
 
     def __getitem__(self, indices: list[int]) -> list[tuple[dict, np.ndarray]]:
         pairs = sorted(map(self.load_sample, indices), key=lambda pair: pair[0], reverse=True)
-        lengths, samples = [length for length, _ in pairs], [sample for _, sample in pairs]
+        lengths, samples = zip(*pairs, strict=True)
         micro_batches = []
         for cut in split_into_micro_batches(lengths, self.max_tokens, self.batch_size):
-            batch = vars(self.collator(samples[cut]))
+            batch = vars(self.collator(list(samples[cut])))
             counts = np.zeros(1 + self.collator.audio_num_codebooks + 2, np.int64)
             counts[-2:] = sum(lengths[cut]), len(lengths[cut]) * lengths[cut.start]
             for k, labels in enumerate([batch["label_ids"], *batch["label_audio_ids"]]):  # (B, T), (A,) each
@@ -407,18 +430,20 @@ class StepDataset:
 
     def load_sample(self, index: int) -> tuple[int, ChatMLDatasetSample]:
         """(positions, sample) of an entry, made anew each time: the collator writes marks into a sample."""
-        entry = {key: self.entries[index].get(key) for key in ("messages", "start_index")}
+        raw = self.entries[index]
+        entry = {"messages": raw["messages"], "start_index": raw.get("start_index")}
         input_ids, label_ids, _, _ = prepare_chatml_sample(entry, self.tokenizer)
         if input_ids is None:
             raise UserError(f"entry {index}: upstream refuses it, as printed above")
         nothing, num_codebooks = torch.zeros(0, dtype=torch.long), self.collator.audio_num_codebooks
         files = [self.code_files[path] for _, path in clips_of(entry)]
         codes = [torch.tensor(load_codes(file)).long() for file in files]  # (num_codebooks, T) each
+        columns = [code.shape[1] for code in codes]
         sample = ChatMLDatasetSample(
             input_ids=torch.LongTensor(input_ids),
             label_ids=torch.LongTensor(label_ids),
             audio_ids_concat=torch.cat([nothing.expand(num_codebooks, 0), *codes], dim=1),
-            audio_ids_start=torch.tensor([0, *(code.shape[1] for code in codes)]).cumsum(0)[:-1],  # (clips,)
+            audio_ids_start=torch.tensor([0, *columns]).cumsum(0)[:-1],  # (clips,)
             audio_waveforms_concat=nothing,
             audio_waveforms_start=nothing,
             audio_sample_rate=nothing,
@@ -432,10 +457,12 @@ class StepDataset:
 
 def to_tensors(batch: dict, device: torch.device) -> dict:
     """A batch's NumPy arrays as tensors on `device`; to a GPU through pinned memory, without a wait."""
-    tensors = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
-    if device.type == "cuda":
-        for name, x in tensors.items():
-            tensors[name] = x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x
+    tensors = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, np.ndarray):
+            tensors[name] = torch.from_numpy(value)
+            if device.type == "cuda":
+                tensors[name] = tensors[name].pin_memory().to(device, non_blocking=True)
     return tensors
 
 
@@ -457,7 +484,8 @@ def estimate_lengths(data: StepDataset) -> list[int]:
     lengths = []
     for entry in data.entries:
         heard = sum(columns[path] for role, path in clips_of(entry) if role in roles)
-        lengths.append(heard + 6 * len(entry["messages"]) + len(texts_of(entry).encode()) // 3)
+        text = len(texts_of(entry).encode()) // 3
+        lengths.append(heard + text + 6 * len(entry["messages"]))
     return lengths
 
 
@@ -468,8 +496,9 @@ def samples_of_step(step: int, num_samples: int, samples_per_step: int, seed: in
     """
     stream = range(step * samples_per_step, (step + 1) * samples_per_step)
     epochs = range(stream[0] // num_samples, stream[-1] // num_samples + 1)
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_samples) for epoch in epochs}
-    return [int(orders[k // num_samples][k % num_samples]) for k in stream]
+    orders = [np.random.default_rng((seed, epoch)).permutation(num_samples) for epoch in epochs]
+    start = epochs[0] * num_samples
+    return np.concatenate(orders)[stream[0] - start :][:samples_per_step].tolist()
 
 
 def split_over_ranks(samples: list[int], lengths: list[int], world_size: int) -> list[list[int]]:
@@ -494,7 +523,8 @@ def split_into_micro_batches(lengths: list[int], max_tokens: int | None, batch_s
     batch_size samples. By dynamic programming over the first 1, 2, 3, ... samples.
     """
     if not max_tokens:
-        return [slice(start, start + batch_size) for start in range(0, len(lengths), batch_size)]
+        starts = range(0, len(lengths), batch_size)
+        return [slice(start, start + batch_size) for start in starts]
     best = [(0, [])]  # (cost, cuts) of the first 0, 1, 2, ... samples
     for end in range(1, len(lengths) + 1):
         choices = []

@@ -36,7 +36,8 @@ REVISIONS = {
     "bosonai/higgs-tts-2-3b-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
     CODEC: "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
 }
-BASE_FILES, CODEC_FILES = ["*.json", "*.safetensors", "*.txt", "LICENSE*"], ["config.json", "model.pth"]
+BASE_FILES = ["*.json", "*.safetensors", "*.txt", "LICENSE*"]
+CODEC_FILES = ["config.json", "model.pth"]
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Matched against the whole name: a suffix like q_proj would reach the Whisper tower, too
 TARGET_MODULES = r"layers\.\d+\.((self_attn|audio_attn)\.[qkvo]_proj|(mlp|audio_mlp)\.(gate|up|down)_proj)"
@@ -70,7 +71,8 @@ def check_format(flag: str, folder: Path) -> None:
     """Raise UserError for a checkpoint in transformers' own format, the hub's since April 2026."""
     config = folder / "config.json"  # an adapter has none
     with user_error(f"{flag} {folder}: its config.json cannot be read"):
-        model_type = str(json.loads(config.read_bytes() if config.exists() else "{}").get("model_type"))
+        settings = json.loads(config.read_bytes()) if config.exists() else {}
+        model_type = str(settings.get("model_type"))
     if model_type.startswith("higgs_audio_v2"):
         original = CODEC if "tokenizer" in model_type else BASE
         raise UserError(
@@ -98,8 +100,9 @@ def base_fingerprint(folder: Path) -> str:
         for file in folder.glob("*.safetensors"):
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118
-                    rows[name] = weights.get_slice(name)[:1].contiguous().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(b"".join(name.encode() + rows[name] for name in sorted(rows))).hexdigest()
+                    row = weights.get_slice(name)[:1].contiguous().view(torch.uint8)
+                    rows[name] = name.encode() + row.numpy().tobytes()
+    return hashlib.sha256(b"".join(rows[name] for name in sorted(rows))).hexdigest()
 
 
 original_embed_audio_ids = HiggsAudioModel._embed_audio_ids
@@ -250,7 +253,8 @@ def load_adapter(base: HiggsAudioModel, name: str, base_id: str) -> PeftModel:
     with user_error(f"--adapter {name}: no LoRA adapter there, or a damaged one"):
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         model = PeftModel(base, LoraConfig.from_pretrained(folder)).eval()
-        args = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+        file = folder / "args.json"
+        args = json.loads(file.read_text()) if file.exists() else {}
     if "base_fingerprint" not in args:
         warnings.warn(f"--adapter {name} does not say which base it was trained on", stacklevel=2)
     elif args["base_fingerprint"] != base_id:

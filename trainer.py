@@ -63,7 +63,13 @@ FLAGS = [
     ("save_total_limit", int, 10, "how many of the newest checkpoints are kept, of 0.5 GB each"),
     ("resume_from_checkpoint", str, None, "a checkpoint's folder, or auto: output_dir's newest, if any"),
 ]
-HIGHEST = {"seed": 2**63 - 1, "lora_dropout": 1, "warmup_ratio": 1, "lora_r": 4096, "num_workers": 256}
+HIGHEST = {
+    "seed": 2**63 - 1,
+    "lora_dropout": 1,
+    "warmup_ratio": 1,
+    "lora_r": 4096,
+    "num_workers": 256,
+}  # of other integers 10**6
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -84,11 +90,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{name}", type=kind, default=default, help=explanation)
     args = parser.parse_args(argv)
     if args.num_workers is None:
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) // ranks
         args.num_workers = min(16, max(1, cores // 2))
     for name, value in vars(args).items():
         low = 0 if isinstance(value, float) or name in ("seed", "num_workers", "max_tokens") else 1
-        high = HIGHEST.get(name, 10**6 if isinstance(value, int) else sys.float_info.max)
+        high = 10**6 if isinstance(value, int) else sys.float_info.max
+        high = HIGHEST.get(name, high)
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"--{name} is {value}; expected {low} or more, at most {high}")
     return args
@@ -99,14 +107,15 @@ def choose_device() -> torch.device:
     if torch.cuda.is_available():
         # cuDNN attention makes a plan for each new length, which takes about a second each time
         torch.backends.cuda.enable_cudnn_sdp(False)
-        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        gpus = torch.cuda.device_count()
         if ranks > gpus:
             raise UserError(f"--nproc_per_node is {ranks}, but the number of GPUs here is {gpus}")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         return device
-    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or torch.version.cuda is None
-    if not is_hidden and (os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")):
+    is_wanted = torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+    if is_wanted and (os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")):
         raise UserError(
             f"the NVIDIA driver of this machine is too old for torch {torch.__version__}, or sees no GPU: "
             "update it to 580 or newer; CUDA_VISIBLE_DEVICES= uses the CPU"
@@ -152,7 +161,8 @@ def on_all_ranks(function, *args):
 
 def on_rank_0(function, *args):
     """Call `function` on rank 0; all ranks get its result, or its UserError."""
-    results = [on_all_ranks(function if dist.get_rank() == 0 else lambda *_: None, *args)]
+    own_function = function if dist.get_rank() == 0 else lambda *_: None
+    results = [on_all_ranks(own_function, *args)]
     dist.broadcast_object_list(results)
     return results[0]
 
@@ -203,7 +213,8 @@ class LossModel(torch.nn.Module):
     def forward(self, batch: dict, num_text_labels: int) -> torch.Tensor:
         """Loss sums of a micro-batch, as in sum_losses. A bfloat16 base computes the adapter in bfloat16."""
         weight = self.text_head.weight
-        with torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16):
+        is_bf16 = weight.dtype == torch.bfloat16
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=is_bf16):
             outputs = self.model(**batch)
         return self.sum_losses(outputs, batch["label_audio_ids"], num_text_labels)
 
@@ -226,8 +237,9 @@ class LossModel(torch.nn.Module):
         text_loss = sum(recompute_in_backward(text_loss, *c, use_reentrant=False) for c in chunks)
         logits = outputs.audio_logits[:-1]  # (A - 1, num_codebooks, codebook_size + 2)
         labels = label_audio_ids[:, 1:].T.reshape(logits.shape[:2])  # (A - 1, num_codebooks)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-        return torch.cat([text_loss[None], losses.view(labels.shape).sum(0)])
+        logits = logits.flatten(0, 1).float()
+        losses = F.cross_entropy(logits, labels.flatten(), reduction="none").view(labels.shape)
+        return torch.cat([text_loss[None], losses.sum(0)])
 
 
 def compute_gradients(model, micro_batches: list, label_counts: torch.Tensor, device) -> torch.Tensor:
@@ -275,7 +287,8 @@ def choose_max_tokens(args, model, state: dict, device: torch.device) -> int:
     if device.type == "cpu":
         return 0
     torch.cuda.empty_cache()  # of the codec
-    fitting = torch.tensor(fit_max_tokens(args, model, torch.cuda.mem_get_info()[0]))
+    free_bytes, _ = torch.cuda.mem_get_info()
+    fitting = torch.tensor(fit_max_tokens(args, model, free_bytes))
     dist.all_reduce(fitting, dist.ReduceOp.MIN)
     return int(fitting)
 
@@ -287,26 +300,34 @@ def run_largest(model, data: dataset.StepDataset, lengths: list[int], device: to
     two, a resumed run has the order of one that never stopped. Returns the micro-batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    sizes = [max(1, data.max_tokens // lengths[i]) if data.max_tokens else data.batch_size for i in order]
-    padded = [lengths[i] * min(sizes[k], len(order) - k) for k, i in enumerate(order)]
-    first = padded.index(max(padded))
-    # `lengths` are estimates: of twice as many samples, data's own cut by true lengths has the largest
-    batch, counts = max(data[order[first : first + 2 * sizes[first]]], key=lambda pair: pair[1][-1])
+    largest, share = 0, []
+    for k, i in enumerate(order):
+        size = data.batch_size
+        if data.max_tokens:
+            size = max(1, data.max_tokens // lengths[i])
+        positions = lengths[i] * min(size, len(order) - k)
+        if positions > largest:
+            # `lengths` are estimates: the cut of twice as many samples by their true lengths has the largest
+            largest, share = positions, order[k : k + 2 * size]
+    batch, counts = max(data[share], key=lambda micro_batch: micro_batch[1][-1])
+    label_counts = torch.from_numpy(counts[:-2])
     for _ in range(2):
-        compute_gradients(model, [(batch, counts)], torch.from_numpy(counts[:-2]), device)
+        compute_gradients(model, [(batch, counts)], label_counts, device)
     model.zero_grad()
     return batch, counts
 
 
 def build_optimizer(model, args, total_steps: int, state: dict):
     """AdamW over the adapter, and its cosine schedule, both as `state` left them."""
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "initial_lr": args.lr}]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": parameters, "initial_lr": args.lr}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     if state["step"]:
         set_peft_model_state_dict(model, state["adapter"])
         groups = optimizer.state_dict()["param_groups"]  # learning rate, weight decay: the command line's
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-    warmup_steps, last = int(args.warmup_ratio * total_steps), state["step"] - 1
+    warmup_steps = int(args.warmup_ratio * total_steps)
+    last = state["step"] - 1
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps, last_epoch=last)
 
 
@@ -314,9 +335,11 @@ def open_metrics(output_dir: Path, step: int) -> SummaryWriter:
     """TensorBoard's writer. metrics.jsonl keeps its lines up to `step`: later steps are done again."""
     file = output_dir / "metrics.jsonl"
     with user_error(f"--output_dir {output_dir} cannot be written"):
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        # A kill can cut the last line off
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        kept = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            # A kill can cut the last line off
+            if line.endswith("}") and json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
         file.with_suffix(".unfinished").write_text("".join(kept))
         file.with_suffix(".unfinished").replace(file)
         return SummaryWriter(output_dir / "runs", purge_step=step + 1)
@@ -336,8 +359,9 @@ def log_metrics(output_dir: Path, board: SummaryWriter, metrics: dict) -> None:
 
 def peak_memory() -> float:
     """Gigabytes at the peak: of the GPU's allocator, without a GPU of this process."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident) / 1e9
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def train(args: argparse.Namespace) -> None:
@@ -368,10 +392,12 @@ def train(args: argparse.Namespace) -> None:
         return dataset.samples_of_step(step, len(lengths), samples_per_step, args.seed)
 
     def load_step(step):  # in a worker
-        return data[dataset.split_over_ranks(samples_of(step), lengths, world_size)[rank]]
+        shares = dataset.split_over_ranks(samples_of(step), lengths, world_size)
+        return data[shares[rank]]
 
     steps = dataset.in_workers(load_step, range(state["step"], total_steps), args.num_workers)
-    board = on_all_ranks(open_metrics, args.output_dir, state["step"]) if rank == 0 else on_all_ranks(bool)
+    open_board = open_metrics if rank == 0 else lambda *_: None
+    board = on_all_ranks(open_board, args.output_dir, state["step"])
     stop = []  # a lock, as threading.Event has, could wait for itself in a second signal
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # Slurm can send the last before its end
         signal.signal(number, lambda *_: stop.append(True))
@@ -384,23 +410,31 @@ def train(args: argparse.Namespace) -> None:
         waited += time.perf_counter()
         # Dropout follows from these and the micro-batches: a resumed run draws the same
         torch.manual_seed(hash((args.seed, step, rank)))  # of integers, hash() is the same everywhere
-        counts = torch.tensor([*sum(counts for _, counts in micro_batches), bool(stop)])
+        own_counts = sum(counts for _, counts in micro_batches)
+        counts = torch.tensor([*own_counts, bool(stop)])
         dist.all_reduce(counts)  # label counts, positions without and with padding, ranks asked to stop
-        label_counts, positions = counts[:-3], positions + counts[-3:-1]
+        label_counts = counts[:-3]
+        positions += counts[-3:-1]
         sums = compute_gradients(model, micro_batches, label_counts, device)
-        grad_norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), args.max_grad_norm or math.inf)
+        max_norm = args.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), max_norm)
         is_finite = bool(grad_norm.isfinite())
         if is_finite:
             optimizer.step()
-        skipped, skipped_in_a_row = skipped + (not is_finite), 0 if is_finite else skipped_in_a_row + 1
+            skipped_in_a_row = 0
+        else:
+            skipped += 1
+            skipped_in_a_row += 1
         optimizer.zero_grad()
         schedule.step()
         bar.update()
-        is_last, gives_up = step == total_steps, skipped_in_a_row == min(10, total_steps - state["step"])
+        is_last = step == total_steps
+        gives_up = skipped_in_a_row == min(10, total_steps - state["step"])
         if step % args.logging_steps == 0 or is_last or gives_up:
             dist.all_reduce(sums)
             text_loss, *codebooks = (sums.cpu() / label_counts.clamp(min=1)).tolist()
-            audio_loss, seconds = sum(codebooks) / len(codebooks), time.perf_counter() - began
+            audio_loss = sum(codebooks) / len(codebooks)
+            seconds = time.perf_counter() - began
             metrics = {
                 "step": step,
                 "epoch": step * samples_per_step / len(lengths),
@@ -418,12 +452,13 @@ def train(args: argparse.Namespace) -> None:
                 "max_memory_gb": peak_memory(),
             }
             on_rank_0(log_metrics, args.output_dir, board, metrics)
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", samples_per_s=f"{metrics['samples_per_s']:.1f}")
+            rates = {"loss": f"{metrics['loss']:.3f}", "samples_per_s": f"{metrics['samples_per_s']:.1f}"}
+            bar.set_postfix(rates, saved=checkpoint and checkpoint.name)
             began, waited, positions, logged_step = time.perf_counter(), 0.0, 0, step
         if gives_up:
             raise UserError(
                 f"loss or gradient not finite up to step {step}: lower --lr, or look at its entries "
-                f"{samples_of(step - 1)}; this run began from {checkpoint or 'the start'}"
+                f"{samples_of(step - 1)}; the last checkpoint is {checkpoint or 'none'}"
             )
         stops = counts[-1] > 0
         if stops or is_last or (step % save_steps == 0 and is_finite):
