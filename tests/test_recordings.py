@@ -1,4 +1,4 @@
-"""The README's way from a folder of recordings to a first training: its recipe as printed, its commands."""
+"""The README's way from a folder of recordings to a first training: its commands, on a table with faults."""
 
 import json
 from pathlib import Path
@@ -50,10 +50,10 @@ def make_recordings(folder, table, recordings):
 
 
 def run_recipe(folder):
-    """The lines that the README's recipe prints there."""
-    [recipe] = blocks("python", "metadata.csv")
-    assert len(recipe.splitlines()) <= 45
-    done = launcher.run("-c", recipe, cwd=folder)
+    """The lines that the README's command prints there."""
+    [command] = blocks("bash", "recordings")
+    assert command.startswith("python -m tests.manual.make_manifests ")
+    done = launcher.run("tests/manual/make_manifests.py", *command.split()[3:], cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -169,3 +169,13 @@ def test_from_the_recipe_to_a_comparison(tiny, newcomer):
     audio = {name: float(losses[1]) for name, losses in rows.items()}
     assert audio["out"] < audio["checkpoint-2"] < audio["base"]  # four steps teach this much already
     assert (folder / "listen/index.html").exists() and (folder / "listen/0-target.wav").exists()
+
+
+def test_without_a_table_or_with_an_empty_one(tmp_path):
+    (tmp_path / "recordings").mkdir()
+    command = "tests/manual/make_manifests.py", "recordings"
+    done = launcher.run(*command, cwd=tmp_path)
+    assert done.returncode == 1 and "error: recordings/metadata.csv cannot be read as UTF-8" in done.stderr
+    (tmp_path / "recordings/metadata.csv").write_text(" \n")
+    done = launcher.run(*command, cwd=tmp_path)
+    assert done.returncode == 1 and "metadata.csv has no line; expected file|text" in done.stderr

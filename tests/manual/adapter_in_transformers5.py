@@ -3,17 +3,16 @@
     python -m tests.manual.adapter_in_transformers5 [DIR] [--transformers VERSION]
 
 DIR is what `validate_pipeline.py --keep DIR` left; DIR/transformers5 is added to it. Without it a tiny
-checkpoint is made and an adapter trained first. What the README says of transformers 5 is then run with the
-README's own lines: they speak each entry, and merge. So is a second adapter, trained on replies that have a
-text before their clip. The last rows make a mistake in the lines on purpose, which must show. Exit code 1
-where a row fails. Two other processes do the work, in a folder where `tiny` is DIR: "boson" with
-boson_multimodal, "port" with transformers 5 (tests/support/transformers5.py).
+checkpoint is made and an adapter trained first. Then speak_in_transformers5.py, to which the README sends
+people, speaks each entry, and merges. A second adapter, trained on replies of a text and then a clip,
+speaks, too. The last rows make a mistake in the script on purpose, which must show. Exit code 1 where a row
+fails. Two other processes do the work, in a folder where `tiny` is DIR: "boson" with boson_multimodal, "port"
+with transformers 5 (tests/support/transformers5.py).
 """
 
 import argparse
 import json
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -29,7 +28,8 @@ ROOT = transformers5.ROOT
 BOS, EOS = 1024, 1025  # audio_stream_bos_id, audio_stream_eos_id
 FRAME_RATE = 25
 TOLERANCE = 1e-4  # of logits that span 20, in float32
-# Entry 0, as the README's lines have it
+SCRIPT = (ROOT / "tests/manual/speak_in_transformers5.py").read_text(encoding="utf-8")
+# Entry 0, as the script has it
 REFERENCE, TEXT = "tiny/clips/voice_a.wav", "صباح الخير يا صديقي"
 OTHER_LAYOUT = {
     "messages": [
@@ -127,21 +127,14 @@ def boson_half():
     torch.save(expected, "expected.pt")
 
 
-def readme_script(having):
-    """The README's Python lines with a certain word in them."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    [script] = [block for block in blocks if having in block]
-    return script
-
-
 def edited(script, old, new):
-    """The README's lines with one thing in them replaced; `old` must be there, once."""
-    assert script.count(old) == 1, f"{old!r} is not in the README's lines, or more than once"
+    """The script with one thing in it replaced; `old` must be there, once."""
+    assert script.count(old) == 1, f"{old!r} is not in the script, or more than once"
     return script.replace(old, new)
 
 
 def speak(script):
-    """Run the README's lines; returns all that they have set."""
+    """Run the script; returns all that it has set."""
     names = {}
     with torch.no_grad():
         exec(script, names)
@@ -149,7 +142,7 @@ def speak(script):
 
 
 def generated_codes(spoken):
-    """(codes (num_codebooks, T) without delay, whether the clip ended by itself) of the README's `frames`."""
+    """(codes (num_codebooks, T) without delay, whether the clip ended by itself) of the script's `frames`."""
     frames = spoken["frames"][0]  # (prompt and answer, num_codebooks)
     start = (frames == BOS).all(1).nonzero()[-1, 0]  # where the answer begins
     stopped = bool((frames[-1] == EOS).all())
@@ -197,13 +190,13 @@ def share(codes, target):
     return (codes == target).float().mean().item()
 
 
-def check_entries(script, entries, expected):
-    """Rows of what the README's lines make of each entry, with its reference and text in them."""
+def check_entries(entries, expected):
+    """Rows of what the script makes of each entry, with its reference and text in it."""
     shares, stops, seconds, errors = [], [], [], []
     for entry, target in zip(entries, expected, strict=True):
         messages = port_messages(entry)
         reference, text = messages[1]["content"]
-        spoken = speak(edited(edited(script, REFERENCE, reference["url"]), TEXT, text["text"]))
+        spoken = speak(edited(edited(SCRIPT, REFERENCE, reference["url"]), TEXT, text["text"]))
         codes, stopped = generated_codes(spoken)
         shares.append(share(codes, target["codes"]))
         stops.append(stopped)
@@ -218,14 +211,14 @@ def check_entries(script, entries, expected):
 
 
 def check_other_layout(spoken, target):
-    """The row of the layout whose reference is in an earlier assistant turn: the README's template."""
+    """The row of the layout whose reference is in an earlier assistant turn: the script's template."""
     error = difference(reply_logits(spoken, port_messages(OTHER_LAYOUT)), target["logits"])
     yield "Other layout", error < TOLERANCE, f"logits {error:.1e} off boson_multimodal's at most"
 
 
-def check_merge(spoken):
-    """The row of the README's lines that merge: the same bits as `lora.py merge`, by name."""
-    exec(readme_script("merge_and_unload"), spoken)
+def check_merge():
+    """The row of the script's merging: the same bits as `lora.py merge`, by name."""
+    speak(edited(SCRIPT, "merged = None", 'merged = "tiny/merged5"'))
     merged = load_file("tiny/merged5/model.safetensors")
     ours = load_file("merged/model.safetensors")
     ours = {transformers5.base_name(name): value for name, value in ours.items()}
@@ -234,27 +227,25 @@ def check_merge(spoken):
     yield "Merge", passed, f"{same} of {len(ours)} weights bit-equal to those of lora.py merge"
 
 
-def speak_replies(script, entries, begun):
-    """(the README's names, [(codes, whether the clip ended by itself)]) of the text_then_clip adapter.
+def speak_replies(entries, begun):
+    """(what the script has set, [(codes, whether the clip ended by itself)]) of the text_then_clip adapter.
 
-    The adapter expects a text before the clip, and the port speaks at once. If `begun`, the prompt therefore
-    ends with an assistant turn that has the text and is not finished.
+    The adapter expects a text before the clip, and the port speaks at once. If `begun`, the script is given
+    the text, therefore.
     """
-    script = edited(script, '"tiny/out"', '"text_then_clip"')
-    spoken = speak(script)
-    answers = []
+    script = edited(SCRIPT, '"tiny/out"', '"text_then_clip"')
+    spoken, answers = speak(script), []
     for entry in map(text_then_clip, entries):
         *spoken["prompt"], reply = port_messages(entry)
-        if begun:
-            spoken["prompt"].append({"role": "assistant", "content": reply["content"][:1]})
-        exec(script[script.index("inputs = processor") :], spoken)
+        spoken["said_first"] = reply["content"][0]["text"] if begun else None
+        exec(script[script.index("if said_first:") :], spoken)
         answers.append(generated_codes(spoken))
     return spoken, answers
 
 
-def check_text_then_clip(script, entries, expected):
+def check_text_then_clip(entries, expected):
     """The row of the text_then_clip adapter, with the text given."""
-    spoken, answers = speak_replies(script, entries, begun=True)
+    spoken, answers = speak_replies(entries, begun=True)
     shares, errors = [], []
     for entry, (codes, _), target in zip(entries, answers, expected, strict=True):
         shares.append(share(codes, target["codes"]))
@@ -267,9 +258,9 @@ def check_text_then_clip(script, entries, expected):
     yield "Text, then clip", passed, figure
 
 
-def check_text_left_out(script, entries, expected):
+def check_text_left_out(entries, expected):
     """The row of the text_then_clip adapter without the text: passed where a clip is not its target."""
-    _, answers = speak_replies(script, entries, begun=False)
+    _, answers = speak_replies(entries, begun=False)
     shares = []
     for (codes, _), target in zip(answers, expected, strict=True):
         frames = min(codes.shape[1], target["codes"].shape[1])
@@ -288,13 +279,13 @@ def raised(script):
     return False, "raises nothing"
 
 
-def check_mistakes(script, entry, target):
-    """Rows of the README's lines with a mistake in each: passed where it shows."""
-    shows, told = raised(edited(script, "model.model, adapter", "model, adapter"))
+def check_mistakes(entry, target):
+    """Rows of the script with a mistake in each: passed where it shows."""
+    shows, told = raised(edited(SCRIPT, "(model.model, adapter", "(model, adapter"))
     yield "Adapter on model", shows, told
-    shows, told = raised(edited(script, "chat_template=template, ", ""))
+    shows, told = raised(edited(SCRIPT, "chat_template=template, ", ""))
     yield "Stock template", shows, told
-    spoken = speak(edited(script, TEXT, " " + TEXT))
+    spoken = speak(edited(SCRIPT, TEXT, " " + TEXT))
     messages = [*spoken["prompt"], port_messages(entry)[-1]]
     error = difference(reply_logits(spoken, messages), target["logits"])
     same = share(generated_codes(spoken)[0], target["codes"])
@@ -310,16 +301,15 @@ def port_half():
     transformers5.convert(Path("tiny").resolve())
     entries, both = read_entries(), torch.load("expected.pt")
     expected = both["clip"]
-    script = readme_script("save_audio")
-    spoken = speak(script)
+    spoken = speak(SCRIPT)
     print(f"transformers {transformers.__version__}, an adapter that boson_multimodal trained:", flush=True)
-    failed = print_rows(check_entries(script, entries, expected[:-1]))
+    failed = print_rows(check_entries(entries, expected[:-1]))
     failed += print_rows(check_other_layout(spoken, expected[-1]))
-    failed += print_rows(check_merge(spoken))
-    failed += print_rows(check_text_then_clip(script, entries, both["text, then clip"]))
-    print("and with a mistake in the README's lines, which must show:", flush=True)
-    failed += print_rows(check_mistakes(script, entries[0], expected[0]))
-    failed += print_rows(check_text_left_out(script, entries, both["text, then clip"]))
+    failed += print_rows(check_merge())
+    failed += print_rows(check_text_then_clip(entries, both["text, then clip"]))
+    print("and with a mistake in the script, which must show:", flush=True)
+    failed += print_rows(check_mistakes(entries[0], expected[0]))
+    failed += print_rows(check_text_left_out(entries, both["text, then clip"]))
     if failed:
         sys.exit(f"FAILED: {', '.join(failed)}")
 
