@@ -31,19 +31,19 @@ from transformers import PretrainedConfig, utils
 
 # Librosa compiles on its first use; beside its own files that fails where they, or HOME, are read-only
 os.environ.setdefault("NUMBA_CACHE_DIR", join(tempfile.gettempdir(), f"numba-{os.getuid()}"))
-# What is read as structure, not as text (marks of scenes and instructions may be), or cannot be encoded
+# Special tokens, but for those of scenes and instructions, and surrogates, which UTF-8 does not have
 NOT_TEXT = re.compile("<\\|(?!scene_desc_|generation_instruction_)[^|<>]*\\|>|[\ud800-\udfff]")
 CLIP_NAME = re.compile(r"\s*\S+\.(wav|mp3|flac|ogg|opus|m4a|aac|webm|wma|aiff?)(\?\S*)?\s*", re.IGNORECASE)
 PLAIN_WORDS = {  # where pydantic's own words say too little
     "extra_forbidden": "unknown key",
     "model_attributes_type": "expected text, or an object with text or audio_url",
-    "none_required": "inference reads whole files: cut the clip and remove this key",
+    "none_required": "inference reads whole files: cut or save the clip, and remove this key",
 }
-# How files begin, and an mp3's frames: found behind the part that is decoded, more was joined to it
+# The first bytes of a file, and of an mp3's frame: seen again later, the file is several files joined
 STARTS = {"OGG": b"OggS\0\2", "FLAC": b"fLaC\0\0\0", "WAV": b"WAVEfmt ", "WAVEX": b"WAVEfmt "}
 MP3_FRAME = rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]"
 HUBERT = "bosonai/hubert_base"  # HiggsAudioTokenizer loads it, with trust_remote_code=True
-# A micro-batch launches 12,000 kernels in 0.1 s, however small; an H100 computes 2,000 positions meanwhile
+# To launch a micro-batch's kernels takes 0.1 s, however small it is: an H100's time for 2,000 positions
 LOWEST_COST = 2_000
 
 
@@ -131,7 +131,7 @@ class Turn(pydantic.BaseModel, extra="forbid", strict=True):
 
 
 class Entry(pydantic.BaseModel, extra="forbid", strict=True):
-    """What upstream's ChatMLSample takes, less what it takes wrongly in silence."""
+    """Upstream's ChatMLSample, less what upstream accepts but misreads."""
 
     messages: list[Turn]
     start_index: NonNegativeInt | None = None
@@ -143,9 +143,9 @@ class Entry(pydantic.BaseModel, extra="forbid", strict=True):
         start, trains = self.start_index or 0, False
         for i, turn in enumerate(self.messages):
             is_trained = turn.role == "assistant" and i >= start
-            has_words = any(part.type == "audio" or re.search(r"\w", part.text) for part in turn.content)
-            if is_trained and not has_words:
-                raise ValueError(f"messages[{i}]: a trained turn has a clip or words")
+            is_filled = any(part.type == "audio" or re.search(r"\w", part.text) for part in turn.content)
+            if is_trained and not is_filled:
+                raise ValueError(f"messages[{i}]: a trained turn needs a clip or words")
             if turn.recipient and not is_trained:
                 raise ValueError(f"messages[{i}]: only a trained turn may have a recipient: remove it")
             trains |= is_trained
@@ -155,7 +155,7 @@ class Entry(pydantic.BaseModel, extra="forbid", strict=True):
 
 
 def build_object(pairs: list[tuple]) -> dict:
-    """Build a JSON object. The schema knows no tuples, so it refuses a repeated key and says where."""
+    """Build a JSON object. A repeated key's value becomes a tuple, which the schema refuses by its place."""
     values = {}
     for key, value in pairs:
         values[key] = ("given twice", values[key], value) if key in values else value
@@ -163,13 +163,13 @@ def build_object(pairs: list[tuple]) -> dict:
 
 
 def load_manifest(path: Path) -> list[dict]:
-    """Entries as upstream takes them, contents lists, paths absolute. Refuses all bad ones at once.
+    """Checked entries, contents as lists, paths absolute. One error lists all the bad ones.
 
     path: a JSON array, or objects in lines of their own (JSONL). Raises UserError.
     """
     with user_error(f"manifest {path} cannot be read as a JSON array or JSONL in UTF-8"):
         text = path.read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("{"):  # only between lines of JSONL an object follows without a comma
+        if text.lstrip().startswith("{"):  # JSONL: add the brackets and the commas between objects
             text = "[" + re.sub(r"\}(?=\s*\n\s*\{)", "},", text) + "]"
         raw_entries = json.loads(text or "[]", object_pairs_hook=build_object)
     if not isinstance(raw_entries, list) or not raw_entries:
@@ -254,19 +254,19 @@ def load_codec(folder: Path, device: torch.device | str):
 
 
 class Watched(BytesIO):
-    """Bytes that note whether a read met their end half way: libsndfile reads an mp3 frame by frame."""
+    """A file in memory; is_cut if it ended inside a read: libsndfile reads an mp3 frame by frame."""
 
     is_cut = False
 
     def readinto(self, buffer):
         count = super().readinto(buffer)
-        # A read of 4 bytes looks for the next frame, in tags, too
+        # Reads of 4 bytes only look for the next frame
         self.is_cut |= 4 < len(buffer) > count > 0
         return count
 
 
 def find_lack(sound: soundfile.SoundFile, log: str, data: Watched, samples: int) -> str | None:
-    """Why the decoded `samples` are not all that a clip holds: libsndfile decodes what it can, in silence."""
+    """What a clip lost in decoding, or None: libsndfile decodes what it can, and reports no error."""
     content, is_mp3 = data.getvalue(), sound.format == "MP3"
     if sizes := re.search(r"(\d+) \(should be (\d+)\)", log):
         told, there = int(sizes[1]), int(sizes[2])
@@ -312,7 +312,7 @@ def ignore_signals(_) -> None:
 def in_workers(function, items, num_workers: int):
     """Yield function(item) of each item, in order, computed ahead in worker processes.
 
-    The results hold NumPy arrays: a tensor from a worker is an open file. Raises a worker's UserError, and
+    Let `function` return NumPy arrays: each tensor would keep a file open. Raises a worker's UserError, and
     RuntimeError ("DataLoader ...") where a worker dies or takes more than ten minutes for an item.
     """
     options = dict(num_workers=num_workers, worker_init_fn=ignore_signals)
@@ -336,8 +336,8 @@ def encode_clips(clips: list[tuple], entries: list[dict], codec, num_workers: in
             return str(error)
 
     problems, waves = {}, in_workers(load, clips, num_workers)
-    is_hidden = os.environ.get("RANK", "0") != "0"
-    bar = tqdm(waves, "encoding clips", len(clips), disable=is_hidden)
+    is_first_rank = os.environ.get("RANK", "0") == "0"
+    bar = tqdm(waves, "encoding clips", len(clips), disable=not is_first_rank)
     for (path, file), wave in zip(clips, bar, strict=True):
         if isinstance(wave, str):
             problems[path] = wave
@@ -367,7 +367,7 @@ def load_codes(file: Path) -> np.ndarray:
 
 
 def build_collator(entries: list[dict], config, setting: str) -> HiggsAudioSampleCollator:
-    """serve_engine.py's collator, but for return_audio_in_tokens: by the base's config, or false.
+    """serve_engine.py's collator, but return_audio_in_tokens is the config's, or false.
 
     Raises UserError where a reference in a user or system turn would never reach the base.
     """
@@ -429,14 +429,15 @@ class StepDataset:
         return micro_batches
 
     def load_sample(self, index: int) -> tuple[int, ChatMLDatasetSample]:
-        """(positions, sample) of an entry, made anew each time: the collator writes marks into a sample."""
+        """(positions, sample) of an entry, made anew each time: the collator overwrites its labels."""
         raw = self.entries[index]
         entry = {"messages": raw["messages"], "start_index": raw.get("start_index")}
         input_ids, label_ids, _, _ = prepare_chatml_sample(entry, self.tokenizer)
         if input_ids is None:
             raise UserError(f"entry {index}: upstream refuses it, as printed above")
         nothing, num_codebooks = torch.zeros(0, dtype=torch.long), self.collator.audio_num_codebooks
-        files = [self.code_files[path] for _, path in clips_of(entry)]
+        clips = clips_of(entry)
+        files = [self.code_files[path] for _, path in clips]
         codes = [torch.tensor(load_codes(file)).long() for file in files]  # (num_codebooks, T) each
         columns = [code.shape[1] for code in codes]
         sample = ChatMLDatasetSample(
@@ -451,7 +452,8 @@ class StepDataset:
         )
         placeholders = self.collator.audio_in_token_id, self.collator.audio_out_token_id
         length = sample.cal_num_tokens(False, self.collator.return_audio_in_tokens, True, *placeholders)
-        length += len(codes) * (num_codebooks + 1)  # of BOS, EOS and the delay, which are not in it
+        heard = [role for role, _ in clips if role == "assistant" or self.collator.return_audio_in_tokens]
+        length += len(heard) * (num_codebooks + 1)  # it leaves out BOS, EOS and the delay
         return math.ceil(length / 8) * 8, sample  # upstream pads to a multiple of 8
 
 
@@ -471,7 +473,7 @@ def estimate_lengths(data: StepDataset) -> list[int]:
 
     Raises UserError where the codes are not of the base's codebooks.
     """
-    columns, end = {}, data.collator.audio_stream_bos_id  # codes are below the marks of a stream
+    columns, end = {}, data.collator.audio_stream_bos_id  # the codes are 0 ... end - 1
     for path, file in data.code_files.items():
         codes = load_codes(file)
         if len(codes) != data.collator.audio_num_codebooks or codes.max(initial=0) >= end:

@@ -61,7 +61,7 @@ def download(flag: str, name: str | Path, patterns: list[str]) -> Path:
     with user_error(
         f"{flag} {name}: no such folder, neither cached nor to be had from the hub; try {command}"
     ):
-        for files in (["config.json"], patterns):  # the format is known before 11.5 GB of weights
+        for files in (["config.json"], patterns):  # check the format before 11.5 GB of weights
             folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files)
             check_format(flag, Path(folder))
     return Path(folder)
@@ -111,8 +111,8 @@ original_embed_audio_ids = HiggsAudioModel._embed_audio_ids
 def embed_audio_ids(model, audio_ids: torch.Tensor) -> torch.Tensor:
     """Upstream's embeddings (A, hidden) of audio_ids (num_codebooks, A), in the dtype of their table.
 
-    CUDA's autocast sums in float32, the CPU's does not. Upstream writes the sum into a tensor of the base's
-    dtype, in place, which raises where that is bfloat16.
+    Under CUDA's autocast upstream's sum is float32; upstream then writes it in place into a tensor of the
+    base's dtype, which raises for bfloat16.
     """
     return original_embed_audio_ids(model, audio_ids).to(model.audio_codebook_embeddings.weight.dtype)
 
@@ -121,13 +121,13 @@ HiggsAudioModel._embed_audio_ids = embed_audio_ids  # on the class: for training
 
 
 def base_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the frozen base is held and computed in; the adapter's weights are float32 in both."""
+    """The dtype of the base's weights and computation; the adapter's weights are float32."""
     is_bf16 = precision == "bf16" or (precision == "auto" and torch.device(device).type == "cuda")
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def load_base(folder: Path, dtype: torch.dtype | str, device) -> HiggsAudioModel:
-    """The frozen base, loaded straight to `device`, never whole in CPU memory. Raises UserError."""
+    """The frozen base, loaded straight to `device`, not by way of the CPU. Raises UserError."""
     with user_error(f"--base_ckpt {folder}: its weights cannot be loaded"):
         model, info = HiggsAudioModel.from_pretrained(
             folder, torch_dtype=dtype, device_map={"": device}, output_loading_info=True
@@ -167,13 +167,6 @@ def build_model(args, folder: Path, device) -> PeftModel:
     return model.train()
 
 
-def save_lora_adapters(model: PeftModel, folder: Path, args: dict) -> None:
-    """Write the adapter alone, as plain PEFT, and beside it the run's flags and its base in args.json."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)  # safetensors' own is 0600
-    (folder / "args.json").write_text(json.dumps(args, default=str, indent=2))
-
-
 def open_output(output_dir: Path, wanted: str | None) -> Path | None:
     """Lock the folder for this run; returns the checkpoint to resume from. wanted: auto, a folder or None.
 
@@ -190,12 +183,14 @@ def open_output(output_dir: Path, wanted: str | None) -> Path | None:
             warnings.warn(f"{output_dir} has no locks: make sure that no other run is in it", stacklevel=2)
     found = list_checkpoints(output_dir)
     newest = found[-1] if found else None
-    chosen = newest if wanted == "auto" else wanted and Path(wanted)
+    chosen = newest
+    if wanted != "auto":
+        chosen = Path(wanted) if wanted else None
     if chosen and not (chosen / "trainer_state.pt").exists():
         raise UserError(f"--resume_from_checkpoint {chosen} is no checkpoint; there are {[*map(str, found)]}")
     holds_run = found or (output_dir / ADAPTER_WEIGHTS).exists()
     if holds_run and not (chosen and newest and chosen.samefile(newest)):
-        raise UserError(f"--output_dir {output_dir} holds a run: choose another, or --resume_from_checkpoint")
+        raise UserError(f"--output_dir {output_dir} holds a run: choose another, or resume from its newest")
     return chosen
 
 
@@ -206,9 +201,9 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def read_checkpoint(folder: Path | None, run: dict) -> dict:
-    """The state in a checkpoint: step, run, optimizer, adapter. Without a folder, of a run that begins.
+    """A checkpoint's state: step, run, optimizer, adapter. Without a folder, only step 0.
 
-    `run` is what this run must share with the one before. Raises UserError: damaged, or another run's.
+    `run` has the settings that a resume must keep. Raises UserError: damaged, or another run's.
     """
     if folder is None:
         return {"step": 0}
@@ -222,6 +217,13 @@ def read_checkpoint(folder: Path | None, run: dict) -> dict:
     return state
 
 
+def save_lora_adapters(model: PeftModel, folder: Path, args: dict) -> None:
+    """Write the adapter alone, as plain PEFT, and beside it the run's flags and its base in args.json."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)  # safetensors' own is 0600
+    (folder / "args.json").write_text(json.dumps(args, default=str, indent=2))
+
+
 def save_checkpoint(model: PeftModel, optimizer, run: dict, args, step: int) -> None:
     """Write checkpoint-<step> whole or not at all; keep the newest --save_total_limit. Raises UserError."""
     unfinished, whole = args.output_dir / "unfinished", args.output_dir / f"checkpoint-{step}"
@@ -230,7 +232,7 @@ def save_checkpoint(model: PeftModel, optimizer, run: dict, args, step: int) -> 
         save_lora_adapters(model, unfinished, {**vars(args), "base_fingerprint": run["base_ckpt"]})
         state = {"run": run, "step": step, "optimizer": optimizer.state_dict()["state"]}
         torch.save(state, unfinished / "trainer_state.pt")
-        for path in (*unfinished.iterdir(), unfinished):  # on the disk before it has its name
+        for path in (*unfinished.iterdir(), unfinished):  # all on the disk before the final name
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
@@ -241,7 +243,7 @@ def save_checkpoint(model: PeftModel, optimizer, run: dict, args, step: int) -> 
 
 def publish(folder: Path, output_dir: Path) -> None:
     """Copy a checkpoint's adapter to output_dir; the weights, copied last, mark it as finished."""
-    with user_error(f"the adapter of {folder} cannot be copied; make room, and start again"):
+    with user_error(f"the adapter of {folder} cannot be copied; make room, then resume"):
         for name in ("README.md", "args.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copy(folder / name, output_dir / f"{name}.unfinished")
             os.replace(output_dir / f"{name}.unfinished", output_dir / name)

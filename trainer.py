@@ -37,7 +37,7 @@ import dataset
 import lora
 from dataset import UserError, user_error
 
-# Micro-batches differ in shape: in segments of fixed size the GPU's memory would fall into pieces
+# Micro-batches differ in shape, which would fragment the GPU's memory in segments of fixed size
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # (name, type, default, help) of the flags
 FLAGS = [
@@ -48,7 +48,7 @@ FLAGS = [
     ("lora_alpha", int, 32, "the adapter's output is scaled by lora_alpha / lora_r"),
     ("lora_dropout", float, 0.05, "dropout of the adapter's input"),
     ("batch_size", int, 2, "samples of a micro-batch, where max_tokens sets no limit"),
-    ("grad_accum", int, 8, "times batch_size and ranks: the samples of an optimizer step"),
+    ("grad_accum", int, 8, "a step has batch_size x grad_accum x ranks samples"),
     ("max_tokens", int, None, "positions of a micro-batch with padding (None: what a GPU fits; 0: no limit)"),
     ("lr", float, 2e-4, "highest learning rate of the cosine schedule"),
     ("warmup_ratio", float, 0.03, "share of the steps in which the learning rate rises from 0"),
@@ -65,11 +65,11 @@ FLAGS = [
 ]
 HIGHEST = {
     "seed": 2**63 - 1,
-    "lora_dropout": 1,
+    "lora_dropout": 0.99,
     "warmup_ratio": 1,
     "lora_r": 4096,
     "num_workers": 256,
-}  # of other integers 10**6
+}  # other integers: 10**6
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -77,7 +77,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line. A number that makes no run ends the program with exit code 2."""
+    """Read the command line. A number out of range ends the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--train_manifest", type=Path, required=True, help="the samples: ChatML in a JSON array, or JSONL")
@@ -136,7 +136,7 @@ def join_ranks(device: torch.device) -> None:
     if "RANK" in os.environ:
         with user_error("RANK is set, but not all that torchrun sets; start with torchrun"):
             store, rank, world_size = next(rendezvous("env://"))
-    # On one node torchrun keeps its store through restarts, and in it the addresses of dead ranks
+    # On one node torchrun's store outlives a restart: a new prefix hides the addresses of dead ranks
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     # With gloo for tensors on the CPU, counts and messages do not wait for the GPU
@@ -170,7 +170,7 @@ def on_rank_0(function, *args):
 def open_inputs(args, device: torch.device) -> tuple[dataset.StepDataset, Path, Path, dict]:
     """Open and check all that a user can get wrong, before anything large is loaded. Raises UserError.
 
-    Returns the data, the folders of base and codec, and what a run shares with one that it resumes.
+    Returns the data, the folders of base and codec, and the settings that a resume must keep.
     """
     entries = dataset.load_manifest(args.train_manifest)
     base = lora.download("--base_ckpt", args.base_ckpt, lora.BASE_FILES)
@@ -197,12 +197,14 @@ def encode_missing(data: dataset.StepDataset, codec: Path, device: torch.device,
         model = on_all_ranks(dataset.load_codec, codec, device)
         mine = missing[dist.get_rank() :: dist.get_world_size()]  # sorted by size: equal shares
         on_all_ranks(dataset.encode_clips, mine, data.entries, model, num_workers)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # of the codec
 
 
 class LossModel(torch.nn.Module):
     """A base or PEFT model, and its text head: gives the losses of a micro-batch. DDP wraps it.
 
-    Inside the base the head would compute 128,256 columns at each position, though few have a text label.
+    The head is taken out of the base, to compute its 128,256 logits only where there is a text label.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -211,7 +213,7 @@ class LossModel(torch.nn.Module):
         model.audio_decoder_proj.text_lm_head = torch.nn.Identity()  # `logits` are then hidden states
 
     def forward(self, batch: dict, num_text_labels: int) -> torch.Tensor:
-        """Loss sums of a micro-batch, as in sum_losses. A bfloat16 base computes the adapter in bfloat16."""
+        """Loss sums of a micro-batch, as in sum_losses. On a bfloat16 base the adapter computes in it too."""
         weight = self.text_head.weight
         is_bf16 = weight.dtype == torch.bfloat16
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=is_bf16):
@@ -221,11 +223,11 @@ class LossModel(torch.nn.Module):
     def sum_losses(self, outputs, label_audio_ids: torch.Tensor, num_text_labels: int) -> torch.Tensor:
         """Summed cross entropies, float32 (1 + num_codebooks,): of the text, then of each codebook.
 
-        Position t of the logits predicts label t + 1: HiggsAudioModel.forward aligns them. The first
-        column of each clip is all -100, so the shift never predicts one clip from another.
+        Logits at t predict label t + 1: HiggsAudioModel.forward aligns them. Clips lie one behind another;
+        a clip's first label is -100, so the end of one clip is never trained to predict the next.
         """
 
-        def text_loss(hidden, labels):
+        def sum_chunk(hidden, labels):
             return F.cross_entropy(self.text_head(hidden).float(), labels, reduction="sum")
 
         labels = outputs.expanded_labels[:, 1:].flatten()  # (B * (T - 1),)
@@ -234,7 +236,7 @@ class LossModel(torch.nn.Module):
         hidden = outputs.logits[:, :-1].flatten(0, 1)[positions]  # (text labels, hidden)
         # A label's logits take 2 MB: 512 labels at a time, and again in the backward pass
         chunks = zip(hidden.split(512), labels[positions].split(512), strict=True)
-        text_loss = sum(recompute_in_backward(text_loss, *c, use_reentrant=False) for c in chunks)
+        text_loss = sum(recompute_in_backward(sum_chunk, *c, use_reentrant=False) for c in chunks)
         logits = outputs.audio_logits[:-1]  # (A - 1, num_codebooks, codebook_size + 2)
         labels = label_audio_ids[:, 1:].T.reshape(logits.shape[:2])  # (A - 1, num_codebooks)
         logits = logits.flatten(0, 1).float()
@@ -245,9 +247,9 @@ class LossModel(torch.nn.Module):
 def compute_gradients(model, micro_batches: list, label_counts: torch.Tensor, device) -> torch.Tensor:
     """Add up an optimizer step's gradients; DDP averages them over ranks in the last backward pass.
 
-    label_counts (1 + num_codebooks,) are of all ranks and micro-batches. Returns own loss sums, as long.
+    label_counts (1 + num_codebooks,) are of all ranks and micro-batches. Returns this rank's loss sums.
     """
-    weights = dist.get_world_size() / label_counts.clamp(min=1)  # world_size undoes DDP's average
+    weights = dist.get_world_size() / label_counts.clamp(min=1)  # undoes DDP's average over ranks
     weights[1:] /= len(label_counts) - 1  # the audio loss is the mean over codebooks
     weights = weights.to(device)
     sums = torch.zeros_like(weights)
@@ -263,7 +265,7 @@ def compute_gradients(model, micro_batches: list, label_counts: torch.Tensor, de
 def fit_max_tokens(args, model, free_bytes: int) -> int:
     """Positions whose activations fill 3/4 of the memory, a power of two of at most 16,384.
 
-    Bytes a position, layer and hidden column are the released shape's, counted on tests/support's CUDA.
+    The constants are bytes a position, layer and hidden unit, counted with tests/support's stand-in for CUDA.
     """
     config, trainable = (
         model.config.text_config,
@@ -293,32 +295,8 @@ def choose_max_tokens(args, model, state: dict, device: torch.device) -> int:
     return int(fitting)
 
 
-def run_largest(model, data: dataset.StepDataset, lengths: list[int], device: torch.device) -> tuple:
-    """Run the largest micro-batch twice, without an update, so that memory does not run out later.
-
-    DDP lays out its buckets anew after the first backward pass, which changes the order of its sums: after
-    two, a resumed run has the order of one that never stopped. Returns the micro-batch.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    largest, share = 0, []
-    for k, i in enumerate(order):
-        size = data.batch_size
-        if data.max_tokens:
-            size = max(1, data.max_tokens // lengths[i])
-        positions = lengths[i] * min(size, len(order) - k)
-        if positions > largest:
-            # `lengths` are estimates: the cut of twice as many samples by their true lengths has the largest
-            largest, share = positions, order[k : k + 2 * size]
-    batch, counts = max(data[share], key=lambda micro_batch: micro_batch[1][-1])
-    label_counts = torch.from_numpy(counts[:-2])
-    for _ in range(2):
-        compute_gradients(model, [(batch, counts)], label_counts, device)
-    model.zero_grad()
-    return batch, counts
-
-
 def build_optimizer(model, args, total_steps: int, state: dict):
-    """AdamW over the adapter, and its cosine schedule, both as `state` left them."""
+    """AdamW and its cosine schedule; loads `state` into them, and into the adapter."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": parameters, "initial_lr": args.lr}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -331,8 +309,32 @@ def build_optimizer(model, args, total_steps: int, state: dict):
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps, last_epoch=last)
 
 
+def run_largest(model, data: dataset.StepDataset, lengths: list[int], device: torch.device) -> tuple:
+    """Run the largest micro-batch twice, without an update, so that memory does not run out later.
+
+    Twice, as DDP reorders its buckets, and so its sums, after the first backward pass: a resumed run then
+    adds in the order of one that never stopped. Returns the micro-batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    largest, share = 0, []
+    for k, i in enumerate(order):
+        size = data.batch_size
+        if data.max_tokens:
+            size = max(1, data.max_tokens // lengths[i])
+        positions = lengths[i] * min(size, len(order) - k)
+        if positions > largest:
+            # `lengths` are estimates: load twice as many samples, and keep the largest of their true cut
+            largest, share = positions, order[k : k + 2 * size]
+    batch, counts = max(data[share], key=lambda micro_batch: micro_batch[1][-1])
+    label_counts = torch.from_numpy(counts[:-2])
+    for _ in range(2):
+        compute_gradients(model, [(batch, counts)], label_counts, device)
+    model.zero_grad()
+    return batch, counts
+
+
 def open_metrics(output_dir: Path, step: int) -> SummaryWriter:
-    """TensorBoard's writer. metrics.jsonl keeps its lines up to `step`: later steps are done again."""
+    """TensorBoard's writer. Drops metrics.jsonl's lines after `step`: those steps run again."""
     file = output_dir / "metrics.jsonl"
     with user_error(f"--output_dir {output_dir} cannot be written"):
         kept = []
@@ -358,7 +360,7 @@ def log_metrics(output_dir: Path, board: SummaryWriter, metrics: dict) -> None:
 
 
 def peak_memory() -> float:
-    """Gigabytes at the peak: of the GPU's allocator, without a GPU of this process."""
+    """Peak gigabytes: the GPU allocator's or, without a GPU, the process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -386,7 +388,7 @@ def train(args: argparse.Namespace) -> None:
     # All ranks drew the same adapter: init_sync would send the whole frozen base
     model = DDP(LossModel(adapter), broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
     run_largest(model, data, lengths, device)
-    _set_pg_timeout(timedelta(minutes=15))  # a rank that is waited for longer from here on hangs
+    _set_pg_timeout(timedelta(minutes=15))  # from here on, a longer wait means that a rank hangs
 
     def samples_of(step):
         return dataset.samples_of_step(step, len(lengths), samples_per_step, args.seed)
@@ -398,8 +400,8 @@ def train(args: argparse.Namespace) -> None:
     steps = dataset.in_workers(load_step, range(state["step"], total_steps), args.num_workers)
     open_board = open_metrics if rank == 0 else lambda *_: None
     board = on_all_ranks(open_board, args.output_dir, state["step"])
-    stop = []  # a lock, as threading.Event has, could wait for itself in a second signal
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # Slurm can send the last before its end
+    stop = []  # a list, as a second signal's handler could wait for a threading.Event's lock for ever
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # Slurm can send SIGUSR1 before its end
         signal.signal(number, lambda *_: stop.append(True))
     began, waited, positions, logged_step = time.perf_counter(), 0.0, 0, state["step"]
     skipped = skipped_in_a_row = 0
@@ -408,7 +410,7 @@ def train(args: argparse.Namespace) -> None:
         waited -= time.perf_counter()
         micro_batches = on_all_ranks(next, steps)
         waited += time.perf_counter()
-        # Dropout follows from these and the micro-batches: a resumed run draws the same
+        # With the same micro-batches, this seed makes a resumed run's dropout the same
         torch.manual_seed(hash((args.seed, step, rank)))  # of integers, hash() is the same everywhere
         own_counts = sum(counts for _, counts in micro_batches)
         counts = torch.tensor([*own_counts, bool(stop)])

@@ -32,7 +32,7 @@ import trainer
 from tests import acceptance
 
 FRAME_RATE, SAMPLE_RATE = 25, 24_000  # of the codec, 1/s
-# What is not of a text: lost characters, control characters, HTML, UTF-8 that was read as Latin-1
+# Traces of a bad file: lost characters, control characters, HTML, UTF-8 that was read as Latin-1
 ODD_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]|&(#\w+|[a-z]\w+);|[\xc3\xd8\xd9][\x80-\xbf]")
 REPLIES = {  # kinds of replies, and what an engine must do for them
     "clip first": "any engine speaks them",
@@ -202,7 +202,7 @@ def mean_losses(model, data: dataset.StepDataset, device: torch.device) -> dict[
 def write_audio(args, data, run: dict, base: Path, codec: Path, adapters: dict, device) -> pd.DataFrame:
     """Let base and adapters speak the first three entries; a table of players, a row an entry."""
     logger.disable("boson_multimodal")  # it tells each of its steps
-    # On cuda:0 the engine captures no graphs: on "cuda" it does, in config.json's dtype and of the base
+    # The device is cuda:0: on "cuda" the engine would capture graphs, of the base and in config.json's dtype
     dtype = lora.base_dtype(args.precision, device)
     engine = HiggsAudioServeEngine(str(base), str(codec), device=str(device), torch_dtype=dtype)
     engine.collator.return_audio_in_tokens = data.collator.return_audio_in_tokens
@@ -218,7 +218,7 @@ def write_audio(args, data, run: dict, base: Path, codec: Path, adapters: dict, 
             file = args.output_dir / f"{i}-{name}.wav"
             file.unlink(missing_ok=True)  # of an earlier comparison
             if name == "target":
-                for _, path in dataset.clips_of({"messages": turns[reply:]})[:1]:
+                for _, path in dataset.clips_of({"messages": turns[reply : reply + 1]})[:1]:
                     codes = torch.tensor(dataset.load_codes(data.code_files[path]))  # (num_codebooks, T)
                     wave = engine.audio_tokenizer.decode(codes[None].long())[0, 0]  # (samples,)
             else:
@@ -246,9 +246,10 @@ def compare(args: argparse.Namespace, names: list[str], device: torch.device) ->
     used = {path for entry in data.entries for _, path in dataset.clips_of(entry)}
     data.code_files = {path: file for path, file in data.code_files.items() if path in used}
     trainer.encode_missing(data, codec, device, args.num_workers)
+    dataset.estimate_lengths(data)  # refuses codes of another base
     adapters = {Path(name).resolve().name: name for name in names}
-    if len(adapters) < len(names) or {"base", "target"} & adapters.keys():  # names that are not unique
-        adapters = {name.strip("/").replace("/", "-"): name for name in names}
+    if len(adapters) < len(names) or {"base", "target", "text"} & adapters.keys():  # not unique, or taken
+        adapters = {f"adapter-{name.strip('/').replace('/', '-')}": name for name in names}
     base_model = lora.load_base(base, lora.base_dtype(args.precision, device), device)
     model = trainer.LossModel(base_model)
     losses = {"base": mean_losses(model, data, device)}
@@ -260,7 +261,7 @@ def compare(args: argparse.Namespace, names: list[str], device: torch.device) ->
     print(f"losses of {len(data.entries)} entries, teacher-forced:")
     print(table.to_string(float_format="{:.3f}".format))
     if len(data.entries) < 20:
-        print("warning: 20 held-out entries or more tell more than chance")
+        print("warning: under 20 held-out entries, differences can be chance")
     finite = table["total"].drop("base")[np.isfinite(table["total"].drop("base"))]
     if finite.empty:
         raise dataset.UserError("no adapter has a finite loss; take an earlier checkpoint, or lower --lr")
