@@ -102,6 +102,8 @@ def base_fingerprint(folder: Path) -> str:
                 for name in weights.keys():  # noqa: SIM118
                     row = weights.get_slice(name)[:1].contiguous().view(torch.uint8)
                     rows[name] = name.encode() + row.numpy().tobytes()
+    if not rows:
+        raise UserError(f"--base_ckpt {folder} has no *.safetensors")
     return hashlib.sha256(b"".join(rows[name] for name in sorted(rows))).hexdigest()
 
 
@@ -177,7 +179,7 @@ def open_output(output_dir: Path, wanted: str | None) -> Path | None:
         lock = os.open(output_dir / "lock", os.O_CREAT | os.O_RDWR, 0o666)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             raise
         except OSError:
             warnings.warn(f"{output_dir} has no locks: make sure that no other run is in it", stacklevel=2)
@@ -211,6 +213,10 @@ def read_checkpoint(folder: Path | None, run: dict) -> dict:
         saved = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
         state = {key: saved[key] for key in ("run", "step", "optimizer")}
         state["adapter"] = load_file(folder / ADAPTER_WEIGHTS)
+    if not all(tensor.isfinite().all() for tensor in state["adapter"].values()):
+        raise UserError(
+            f"{folder} has an adapter that is not finite; move it away, go on with the one before"
+        )
     was = state["run"]
     changed = [(key, f"was {was.get(key)}, is {run[key]}") for key in run if was.get(key) != run[key]]
     raise_if_any(f"{folder} belongs to another run", changed)
@@ -224,19 +230,28 @@ def save_lora_adapters(model: PeftModel, folder: Path, args: dict) -> None:
     (folder / "args.json").write_text(json.dumps(args, default=str, indent=2))
 
 
+def write_through(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def save_checkpoint(model: PeftModel, optimizer, run: dict, args, step: int) -> None:
     """Write checkpoint-<step> whole or not at all; keep the newest --save_total_limit. Raises UserError."""
     unfinished, whole = args.output_dir / "unfinished", args.output_dir / f"checkpoint-{step}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    with user_error(f"{whole} cannot be written; those before it are whole: make room, then resume"):
-        save_lora_adapters(model, unfinished, {**vars(args), "base_fingerprint": run["base_ckpt"]})
-        state = {"run": run, "step": step, "optimizer": optimizer.state_dict()["state"]}
-        torch.save(state, unfinished / "trainer_state.pt")
-        for path in (*unfinished.iterdir(), unfinished):  # all on the disk before the final name
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        unfinished.rename(whole)
+    try:
+        with user_error(f"{whole} cannot be written; those before it are whole: make room, then resume"):
+            save_lora_adapters(model, unfinished, {**vars(args), "base_fingerprint": run["base_ckpt"]})
+            state = {"run": run, "step": step, "optimizer": optimizer.state_dict()["state"]}
+            torch.save(state, unfinished / "trainer_state.pt")
+            for path in (*unfinished.iterdir(), unfinished):  # all on the disk before the final name
+                write_through(path)
+            unfinished.rename(whole)
+            write_through(args.output_dir)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     for folder in list_checkpoints(args.output_dir)[: -args.save_total_limit]:
         shutil.rmtree(folder, ignore_errors=True)
 

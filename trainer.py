@@ -7,9 +7,11 @@ torchrun --nproc_per_node=8 trainer.py --train_manifest train.json --output_dir 
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -37,8 +39,6 @@ import dataset
 import lora
 from dataset import UserError, user_error
 
-# Micro-batches differ in shape, which would fragment the GPU's memory in segments of fixed size
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # (name, type, default, help) of the flags
 FLAGS = [
     ("base_ckpt", str, lora.BASE, "the base: a folder, or NAME or NAME@REVISION on the hub"),
@@ -59,17 +59,19 @@ FLAGS = [
     ("seed", int, 42, "of the order of samples, of LoRA's first weights and of dropout"),
     ("num_workers", int, None, "DataLoader workers a rank (None: half of its cores, 16 at most)"),
     ("logging_steps", int, 10, "steps between two lines of metrics"),
-    ("save_steps", int, None, "steps between two checkpoints (None: ten checkpoints a run)"),
+    ("save_steps", int, None, "steps between two checkpoints (None: at most ten checkpoints a run)"),
     ("save_total_limit", int, 10, "how many of the newest checkpoints are kept, of 0.5 GB each"),
     ("resume_from_checkpoint", str, None, "a checkpoint's folder, or auto: output_dir's newest, if any"),
 ]
 HIGHEST = {
-    "seed": 2**63 - 1,
+    "batch_size": 4096,
+    "grad_accum": 10**5,
+    "lora_r": 4096,
     "lora_dropout": 0.99,
     "warmup_ratio": 1,
-    "lora_r": 4096,
     "num_workers": 256,
-}  # other integers: 10**6
+    "seed": 2**63 - 1,
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -80,8 +82,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. A number out of range ends the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--train_manifest", type=Path, required=True, help="the samples: ChatML in a JSON array, or JSONL")
-    add("--output_dir", type=Path, required=True, help="gets the adapter, checkpoints and metrics")
+    needed = {"type": Path, "required": True, "default": argparse.SUPPRESS}  # no default in the help
+    add("--train_manifest", help="the samples: ChatML in a JSON array, or JSONL", **needed)
+    add("--output_dir", help="gets the adapter, checkpoints and metrics", **needed)
     heard = "whether references in user and system turns are heard (auto: as the base's config says)"
     add("--return_audio_in_tokens", choices=["auto", "false"], default="auto", help=heard)
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU")
@@ -95,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.num_workers = min(16, max(1, cores // 2))
     for name, value in vars(args).items():
         low = 0 if isinstance(value, float) or name in ("seed", "num_workers", "max_tokens") else 1
-        high = 10**6 if isinstance(value, int) else sys.float_info.max
+        high = 10**9 if isinstance(value, int) else sys.float_info.max
         high = HIGHEST.get(name, high)
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"--{name} is {value}; expected {low} or more, at most {high}")
@@ -111,6 +114,9 @@ def choose_device() -> torch.device:
         gpus = torch.cuda.device_count()
         if ranks > gpus:
             raise UserError(f"--nproc_per_node is {ranks}, but the number of GPUs here is {gpus}")
+        # Micro-batches differ in shape, which would fragment the memory in segments of fixed size
+        if "PYTORCH_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         return device
@@ -194,9 +200,11 @@ def encode_missing(data: dataset.StepDataset, codec: Path, device: torch.device,
     """Encode the clips that the cache lacks, each on one rank. All ranks must call it. Raises UserError."""
     missing = on_rank_0(dataset.find_missing, data.code_files)
     if missing:
+        on_rank_0(dataset.check_cache, missing[0][1].parent)
         model = on_all_ranks(dataset.load_codec, codec, device)
-        mine = missing[dist.get_rank() :: dist.get_world_size()]  # sorted by size: equal shares
-        on_all_ranks(dataset.encode_clips, mine, data.entries, model, num_workers)
+        rank = dist.get_rank()
+        mine = missing[rank :: dist.get_world_size()]  # sorted by size: equal shares
+        on_all_ranks(dataset.encode_clips, mine, data.entries, model, num_workers, rank == 0)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of the codec
 
@@ -309,26 +317,32 @@ def build_optimizer(model, args, total_steps: int, state: dict):
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps, last_epoch=last)
 
 
-def run_largest(model, data: dataset.StepDataset, lengths: list[int], device: torch.device) -> tuple:
+def run_largest(model, optimizer, data: dataset.StepDataset, lengths: list[int], device) -> tuple:
     """Run the largest micro-batch twice, without an update, so that memory does not run out later.
 
     Twice, as DDP reorders its buckets, and so its sums, after the first backward pass: a resumed run then
     adds in the order of one that never stopped. Returns the micro-batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    largest, share = 0, []
+    largest = 0
     for k, i in enumerate(order):
-        size = data.batch_size
-        if data.max_tokens:
-            size = max(1, data.max_tokens // lengths[i])
+        size = max(1, data.max_tokens // lengths[i]) if data.max_tokens else data.batch_size
         positions = lengths[i] * min(size, len(order) - k)
         if positions > largest:
-            # `lengths` are estimates: load twice as many samples, and keep the largest of their true cut
-            largest, share = positions, order[k : k + 2 * size]
-    batch, counts = max(data[share], key=lambda micro_batch: micro_batch[1][-1])
+            largest, candidates = positions, order[k : k + 2 * size]
+    # `lengths` are estimates: of twice as many samples, take by their true lengths what fits
+    candidates = sorted(candidates, key=lambda i: data.load_sample(i)[0], reverse=True)
+    longest, _ = data.load_sample(candidates[0])
+    size = max(1, data.max_tokens // longest) if data.max_tokens else data.batch_size
+    uncut = dataclasses.replace(data, max_tokens=0, batch_size=size)
+    [(batch, counts)] = uncut[candidates[:size]]
+    # AdamW's first step makes two moments of each weight; those of a resumed run are there
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    moments = [] if optimizer.state else [torch.empty_like(parameter) for parameter in trainable * 2]
     label_counts = torch.from_numpy(counts[:-2])
     for _ in range(2):
         compute_gradients(model, [(batch, counts)], label_counts, device)
+    del moments
     model.zero_grad()
     return batch, counts
 
@@ -383,11 +397,11 @@ def train(args: argparse.Namespace) -> None:
 
     adapter = on_all_ranks(lora.build_model, args, base, device)
     data.max_tokens = run["max_tokens"] = choose_max_tokens(args, adapter, state, device)
-    on_rank_0(print, f"max_tokens: {data.max_tokens} positions a micro-batch (0: --batch_size samples)")
+    on_rank_0(print, f"max_tokens: {data.max_tokens or 'no limit, --batch_size samples a micro-batch'}")
     optimizer, schedule = build_optimizer(adapter, args, total_steps, state)
     # All ranks drew the same adapter: init_sync would send the whole frozen base
     model = DDP(LossModel(adapter), broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
-    run_largest(model, data, lengths, device)
+    run_largest(model, optimizer, data, lengths, device)
     _set_pg_timeout(timedelta(minutes=15))  # from here on, a longer wait means that a rank hangs
 
     def samples_of(step):
@@ -406,6 +420,7 @@ def train(args: argparse.Namespace) -> None:
     began, waited, positions, logged_step = time.perf_counter(), 0.0, 0, state["step"]
     skipped = skipped_in_a_row = 0
     bar = tqdm(total=total_steps, initial=state["step"], desc="training", disable=rank > 0)
+    told = {"saved": state["step"]}  # beside the bar
     for step in range(state["step"] + 1, total_steps + 1):
         waited -= time.perf_counter()
         micro_batches = on_all_ranks(next, steps)
@@ -429,7 +444,6 @@ def train(args: argparse.Namespace) -> None:
             skipped_in_a_row += 1
         optimizer.zero_grad()
         schedule.step()
-        bar.update()
         is_last = step == total_steps
         gives_up = skipped_in_a_row == min(10, total_steps - state["step"])
         if step % args.logging_steps == 0 or is_last or gives_up:
@@ -454,8 +468,8 @@ def train(args: argparse.Namespace) -> None:
                 "max_memory_gb": peak_memory(),
             }
             on_rank_0(log_metrics, args.output_dir, board, metrics)
-            rates = {"loss": f"{metrics['loss']:.3f}", "samples_per_s": f"{metrics['samples_per_s']:.1f}"}
-            bar.set_postfix(rates, saved=checkpoint and checkpoint.name)
+            told["loss"] = f"{metrics['loss']:.3f}"
+            told["samples/s"] = f"{metrics['samples_per_s']:.1f}"
             began, waited, positions, logged_step = time.perf_counter(), 0.0, 0, step
         if gives_up:
             raise UserError(
@@ -466,6 +480,9 @@ def train(args: argparse.Namespace) -> None:
         if stops or is_last or (step % save_steps == 0 and is_finite):
             on_rank_0(lora.save_checkpoint, adapter, optimizer, run, args, step)
             checkpoint = args.output_dir / f"checkpoint-{step}"
+            told["saved"] = step
+        bar.set_postfix(told, refresh=False)
+        bar.update()
         if stops and not is_last:
             resume = "all is saved; --resume_from_checkpoint auto goes on"
             return on_rank_0(print, f"\nstopped at step {step}: {resume}")
@@ -491,11 +508,15 @@ def run_and_exit(function, *args) -> None:
             print(f"\nerror: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
         print(f"\nerror: {error}; try --gradient_checkpointing or a smaller --max_tokens", file=sys.stderr)
-    except BaseException as error:  # the process ends here, so a bug's traceback is shown here
+    except KeyboardInterrupt:
+        print("\nerror: interrupted", file=sys.stderr)
+    except Exception as error:
         if str(error).startswith("DataLoader "):
             print(f"\nerror: {error}: is memory or a disk full? --num_workers 0 tells more", file=sys.stderr)
         else:
             traceback.print_exc()
+    for worker in multiprocessing.active_children():
+        worker.kill()  # it ignores SIGTERM
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

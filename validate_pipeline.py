@@ -32,6 +32,7 @@ import trainer
 from tests import acceptance
 
 FRAME_RATE, SAMPLE_RATE = 25, 24_000  # of the codec, 1/s
+COLUMNS = {"text", "reference", "target", "base"}  # of the page on which one listens, before the adapters'
 # Traces of a bad file: lost characters, control characters, HTML, UTF-8 that was read as Latin-1
 ODD_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]|&(#\w+|[a-z]\w+);|[\xc3\xd8\xd9][\x80-\xbf]")
 REPLIES = {  # kinds of replies, and what an engine must do for them
@@ -105,6 +106,8 @@ def find_odd_texts(entries: list[dict], frames: dict[str, int]) -> list[tuple[st
         spoken = [path for paths, _, _ in targets for path in paths]
         for path in sorted(set(references) & set(spoken)):
             found.append((f"entry {i}", f"{path} is both reference and target"))
+        if len(targets) > 1 and not entry.get("start_index"):
+            found.append((f"entry {i}", f"trains {len(targets)} turns: start_index is not set"))
         if odd := ODD_TEXT.search(dataset.texts_of(entry)):
             found.append((f"entry {i}", f"its text has {odd[0]!r}, which looks like a fault of its file"))
         if spoken:
@@ -119,19 +122,20 @@ def find_odd_texts(entries: list[dict], frames: dict[str, int]) -> list[tuple[st
 
 
 def measure_clip(path: str) -> tuple[float, float]:
-    """(seconds of silence at its end, share of clipped samples) of a clip."""
-    wave, end = dataset.load_waveform(path, SAMPLE_RATE), 0
+    """(seconds of silence at its start or end, share of clipped samples) of a clip."""
+    wave, start, end = dataset.load_waveform(path, SAMPLE_RATE), 0, 0
     if np.abs(wave).max() > 0.01:
-        end = librosa.effects.trim(wave, top_db=40)[1][1]
-    return float(len(wave) - end) / SAMPLE_RATE, float(np.mean(np.abs(wave) > 0.99))
+        start, end = librosa.effects.trim(wave, top_db=40)[1]
+    return max(start, len(wave) - end) / SAMPLE_RATE, float(np.mean(np.abs(wave) > 0.99))
 
 
 def find_odd_clips(clips: list[str], num_workers: int) -> list[tuple[str, str]]:
-    """(clip, what) where it ends in silence, or is clipped."""
+    """(clip, what) where it starts or ends in silence, or is clipped."""
+    dataset.import_librosa()
     found, measured = [], dataset.in_workers(measure_clip, clips, num_workers)
     for path, (silence, clipped) in zip(clips, tqdm(measured, "checking clips", len(clips)), strict=True):
         if silence > 0.5:
-            found.append((path, f"ends in {silence:.1f} s of silence"))
+            found.append((path, f"starts or ends in {silence:.1f} s of silence"))
         if clipped > 1e-3:
             found.append((path, f"is clipped: {clipped:.1%} of it"))
     return found
@@ -144,26 +148,22 @@ def time_largest(args, data, base: Path, lengths: list[int], device: torch.devic
     report("trainable", f"{sum(trainable):,} parameters")
     data.max_tokens = trainer.choose_max_tokens(args, adapter, {"step": 0}, device)
     model = DDP(trainer.LossModel(adapter), gradient_as_bucket_view=True)
-    batch, counts = trainer.run_largest(model, data, lengths, device)
+    optimizer, _ = trainer.build_optimizer(adapter, args, 1, {"step": 0})
+    batch, counts = trainer.run_largest(model, optimizer, data, lengths, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
     trainer.compute_gradients(model, [(batch, counts)], torch.from_numpy(counts[:-2]), device).cpu()
     took = time.perf_counter() - began
-    report(
-        "largest",
-        f"micro-batch: {len(batch['input_ids'])} samples, {counts[-1]:,} positions with padding, of "
-        f"max_tokens {data.max_tokens or 'none'}; {took:.2f} s forward and backward on {device}, "
-        f"{trainer.peak_memory():.2f} GB peak memory",
-    )
+    size = f"{len(batch['input_ids'])} samples, {counts[-1]:,} positions with padding"
+    limit = f"max_tokens {data.max_tokens or 'none'}"
+    cost = f"{took:.2f} s forward and backward on {device}, {trainer.peak_memory():.2f} GB peak memory"
+    report("largest", f"micro-batch: {size}, of {limit}; {cost}")
     return took / counts[-1]
 
 
 def preflight(args: argparse.Namespace, device: torch.device) -> None:
-    """Report what a manifest holds, what is doubtful in it, and what it would cost to train.
-
-    Raises UserError for all that trainer.py would refuse.
-    """
+    """Report what a manifest holds, what is doubtful in it, what it costs. Raises trainer.py's UserErrors."""
     print(trainer.describe_device(args, device))
     data, base, codec, _ = trainer.open_inputs(args, device)
     trainer.encode_missing(data, codec, device, args.num_workers)
@@ -201,32 +201,32 @@ def mean_losses(model, data: dataset.StepDataset, device: torch.device) -> dict[
 
 def write_audio(args, data, run: dict, base: Path, codec: Path, adapters: dict, device) -> pd.DataFrame:
     """Let base and adapters speak the first three entries; a table of players, a row an entry."""
+    dataset.hubert_revision()  # refuses a HuBERT with code, which the engine would run
     logger.disable("boson_multimodal")  # it tells each of its steps
     # The device is cuda:0: on "cuda" the engine would capture graphs, of the base and in config.json's dtype
     dtype = lora.base_dtype(args.precision, device)
     engine = HiggsAudioServeEngine(str(base), str(codec), device=str(device), torch_dtype=dtype)
     engine.collator.return_audio_in_tokens = data.collator.return_audio_in_tokens
     base_model, rows = engine.model, {}
-    for name in ["target", "base", *adapters]:
+    for name in ["reference", "target", "base", *adapters]:
         if name in adapters:
             engine.model = lora.load_adapter(base_model, adapters[name], run["base_ckpt"])
         for i, entry in enumerate(data.entries[:3]):
             turns = entry["messages"]
             reply = max(k for k, turn in enumerate(turns) if turn["role"] == "assistant")
-            row = rows.setdefault(f"entry {i}", {"text": html.escape(dataset.texts_of(entry))})
+            references, targets = split_clips(entry)
+            row = rows.setdefault(f"entry {i}", {"text": html.escape(" ".join(targets[-1][1:]))})
             wave, reason = None, "the entry has no clip"
             file = args.output_dir / f"{i}-{name}.wav"
             file.unlink(missing_ok=True)  # of an earlier comparison
-            if name == "target":
-                for _, path in dataset.clips_of({"messages": turns[reply : reply + 1]})[:1]:
+            if name in ("reference", "target"):
+                for path in (references if name == "reference" else targets[-1][0])[-1:]:
                     codes = torch.tensor(dataset.load_codes(data.code_files[path]))  # (num_codebooks, T)
                     wave = engine.audio_tokenizer.decode(codes[None].long())[0, 0]  # (samples,)
             else:
-                limit = min(1024, 2 * data.load_sample(i)[0])  # babble ends at twice the length
                 try:
+                    limit = min(1024, 2 * data.load_sample(i)[0])  # babble ends at twice the length
                     wave = engine.generate({"messages": turns[:reply]}, limit, seed=args.seed).audio
-                except torch.OutOfMemoryError:
-                    raise
                 except (IndexError, RuntimeError) as error:  # upstream's, where no audio came out
                     reason = error
             row[name], told = "no audio", f"no audio: {reason}"
@@ -247,8 +247,9 @@ def compare(args: argparse.Namespace, names: list[str], device: torch.device) ->
     data.code_files = {path: file for path, file in data.code_files.items() if path in used}
     trainer.encode_missing(data, codec, device, args.num_workers)
     dataset.estimate_lengths(data)  # refuses codes of another base
+    names = sorted(names, key=lambda name: int(re.search(r"\d*$", name)[0] or 0))
     adapters = {Path(name).resolve().name: name for name in names}
-    if len(adapters) < len(names) or {"base", "target", "text"} & adapters.keys():  # not unique, or taken
+    if len(adapters) < len(names) or COLUMNS & adapters.keys():  # not unique, or taken
         adapters = {f"adapter-{name.strip('/').replace('/', '-')}": name for name in names}
     base_model = lora.load_base(base, lora.base_dtype(args.precision, device), device)
     model = trainer.LossModel(base_model)
@@ -258,8 +259,8 @@ def compare(args: argparse.Namespace, names: list[str], device: torch.device) ->
         losses[name] = mean_losses(model, data, device)
         model.model.unload()
     table = pd.DataFrame(losses).T
-    print(f"losses of {len(data.entries)} entries, teacher-forced:")
-    print(table.to_string(float_format="{:.3f}".format))
+    printed = table.to_string(float_format="{:.3f}".format)
+    print(f"losses of {len(data.entries)} entries, teacher-forced:\n{printed}")
     if len(data.entries) < 20:
         print("warning: under 20 held-out entries, differences can be chance")
     finite = table["total"].drop("base")[np.isfinite(table["total"].drop("base"))]
@@ -272,8 +273,8 @@ def compare(args: argparse.Namespace, names: list[str], device: torch.device) ->
     args.output_dir.mkdir(parents=True, exist_ok=True)
     players = write_audio(args, data, run, base, codec, adapters, device)
     heads = {name: f"{html.escape(name)}<br>loss {table['total'][name]:.3f}" for name in losses}
-    with pd.option_context("display.max_colwidth", None):  # it cuts long cells off
-        page = players.rename(columns=heads).to_html(escape=False)
+    pd.set_option("display.max_colwidth", None)  # it cuts long cells off
+    page = players.rename(columns=heads).to_html(escape=False)
     (args.output_dir / "index.html").write_text(f'<meta charset="utf-8">\n{page}', encoding="utf-8")
     report("listen", f"open {args.output_dir}/index.html")
 

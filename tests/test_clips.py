@@ -62,7 +62,7 @@ def frame_size(header):
 
 
 def without_xing(content):
-    assert b"Xing" in content[:50] or b"Info" in content[:50]
+    assert dataset.XING.match(content)
     return content[frame_size(content) :]
 
 
@@ -202,15 +202,14 @@ def test_mp3_of_all_lengths_are_whole(tmp_path):
         assert_as_inference(make(tmp_path, "mp3 constant", samples / 24_000), samples / 24_000)
 
 
-def test_librosa_compiles_where_its_own_folder_cannot_be_written():
-    """numba is left the one place that NUMBA_CACHE_DIR names."""
+def test_a_cache_that_cannot_be_written_is_no_clips_fault():
+    """numba is left the one place that NUMBA_CACHE_DIR names, and it names none."""
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
-    program = "import dataset, librosa, numpy; librosa.effects.trim(numpy.ones(9999, 'f')); librosa.resample"
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", "import dataset; dataset.encode_clips([], [], None, 0)"],
         cwd=Path(__file__).parent.parent,
         env=environment | {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert "UserError: librosa cannot be imported; where HOME is read-only, set NUMBA_CACHE" in done.stderr

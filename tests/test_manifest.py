@@ -1,5 +1,6 @@
 """What load_manifest takes and refuses; what upstream then makes of it. No model, no codec."""
 
+import copy
 import json
 import os
 import unicodedata
@@ -9,7 +10,7 @@ import torch
 from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from transformers import AutoTokenizer
 
-from dataset import UserError, clips_of, load_manifest, user_error
+from dataset import UserError, check_entry, clips_of, load_manifest, user_error
 
 CLIP = {"type": "audio", "audio_url": "clips/voice_a.wav"}
 REPLY = {"role": "assistant", "content": [CLIP]}
@@ -54,10 +55,7 @@ BAD_ENTRIES = {
     "content number": ([user(7)], f"{NO_PART}7"),
     "part number": ([user([7])], f"{NO_PART}7"),
     "nested list": ([user([["hello"]])], f"{NO_PART}['hello']"),
-    "inline": (
-        [user({**CLIP, "audio_url": "placeholder", "raw_audio": "UklGRg=="})],
-        "raw_audio: inference reads whole files",
-    ),
+    "inline": ([user({**CLIP, "audio_url": "placeholder", "raw_audio": "UklGRg=="})], "save the clip"),
     "text number": (
         [user({"type": "text", "text": 7})],
         "text: text: Input should be a valid string; seen: 7",
@@ -71,7 +69,7 @@ BAD_ENTRIES = {
         [user({"type": "audio", "audio_url": None})],
         "audio_url: .* valid string; seen: None",
     ),
-    "duration": ([user({**CLIP, "duration": 3})], "duration: inference reads whole files: cut or save the clip"),
+    "duration": ([user({**CLIP, "duration": 3})], "duration: inference reads whole files: cut the clip"),
     "row_id string": ([user({**CLIP, "row_id": "3"})], "row_id: .* valid integer; seen: '3'"),
     # upstream takes each of the next ones in silence, and wrongly (DESIGN, trap 2)
     "role tool with audio": ([entry({"role": "tool", "content": [CLIP]}, REPLY)], "role: .*; seen: 'tool'"),
@@ -81,16 +79,13 @@ BAD_ENTRIES = {
     "literal placeholder": ([user("say <|AUDIO_OUT|> now")], "text holds '<|AUDIO_OUT|>'"),
     "literal end of turn": ([user("bye<|eot_id|>")], "text holds '<|eot_id|>'"),
     "placeholder in recipient": ([entry({**REPLY, "recipient": "<|AUDIO|>"})], "text holds '<|AUDIO|>'"),
+    "lone surrogate": ([user("a\ud800")], "text holds '.ud800'"),
     "recipient of a user": ([entry({**REPLY, "role": "user", "recipient": "bob"}, REPLY)], "a recipient"),
     "recipient, masked": ([entry({**REPLY, "recipient": "bob"}, REPLY, start_index=1)], "a recipient"),
     "recipient number": ([entry({**REPLY, "recipient": 7})], "recipient: .* valid string; seen: 7"),
-    "lone surrogate": ([user("a\ud800")], "text holds '.ud800'"),
-    "offset": ([user({**CLIP, "offset": 0.5})], "offset: inference reads whole files: cut or save the clip"),
-    "placeholder alone": (
-        [user({**CLIP, "audio_url": "placeholder"})],
-        "no such file, .* seen: 'placeholder'",
-    ),
-    "empty url alone": ([user({**CLIP, "audio_url": ""})], "no such file, .* seen: ''"),
+    "offset": ([user({**CLIP, "offset": 0.5})], "offset: inference reads whole files: cut the clip"),
+    "placeholder alone": ([user({**CLIP, "audio_url": "placeholder"})], "save .* seen: 'placeholder'"),
+    "empty url alone": ([user({**CLIP, "audio_url": ""})], "save the clip as a file .* seen: ''"),
     "no assistant": ([entry({"role": "user", "content": "hello"})], "entry 0: has no assistant turn"),
     "all masked": ([entry(REPLY, start_index=1)], "has no assistant turn at or after start_index 1"),
     "start_index string": ([entry(start_index="1")], "entry 0: start_index: .* valid integer; seen: '1'"),
@@ -111,24 +106,24 @@ BAD_ENTRIES = {
     # each of these would train to say nothing, or to say a path
     "path in a prompt": (
         [user("clips/voice_a.wav")],
-        "messages[0]: content[0]: text: text: a text is a file's name: give it as audio_url",
+        "messages[0]: a text is a file's name, give it as audio_url",
     ),
-    "url in a reply": ([reply("https://a.org/b.mp3?dl=1")], "messages[0]: content[0]: .* a file's name"),
-    "reply of signs": ([reply("\u2800؟!")], "a trained turn needs a clip or words"),
-    "reply of no part": ([reply([])], "messages[0]: a trained turn needs a clip or words"),
-    "reply empty": ([reply("")], "messages[0]: a trained turn needs a clip or words"),
+    "url in a reply": ([reply("https://a.org/b.mp3?dl=1")], "messages[0]: a text is a file's name"),
+    "reply of fillers": ([reply("\u2800\u3164")], "a trained turn needs a clip or words"),
+    "reply of no part": ([reply([])], "messages[0]: a trained turn needs a clip or words; seen: []"),
+    "reply empty": ([reply("")], "messages[0]: a trained turn needs a clip or words; seen: ['']"),
     "reply of blanks": ([reply([" \n", {"text": "\u3000"}])], "a trained turn needs a clip or words"),
-    "reply invisible": ([reply("\u200f")], "a trained turn needs a clip or words"),
+    "reply invisible": ([reply("\u200f")], "a trained turn needs a clip or words; seen: ['.u200f']"),
     "later reply empty": (
         [entry(REPLY, REPLY, {**REPLY, "content": ""}, start_index=1)],
         "messages[2]: a trai",
     ),
     "reply a clip's path": (
         [reply("clips/voice_a.wav")],
-        "messages[0]: content[0]: .* a text is a file's name: .* audio_url",
+        "messages[0]: a text is a file's name, .* audio_url",
     ),
-    "reply a lost path": ([reply([CLIP, " b/c-1.MP3\n"])], "messages[0]: content[1]: .* a file's name"),
-    "reply any file": ([reply("train.json")], "messages[0]: content[0]: .* a file's name"),
+    "reply a lost path": ([reply([CLIP, " b/c-1.MP3\n"])], "messages[0]: a text is a file's name"),
+    "reply any file": ([reply("train.json")], "messages[0]: a text is a file's name"),
 }
 
 
@@ -146,7 +141,7 @@ GOOD_REPLIES = {
     "masked, empty": entry({**REPLY, "content": ""}, {**REPLY, "content": []}, REPLY, start_index=2),
     "name in a sentence": reply("Listen to voice_a.wav"),
     "text, clip": reply(["", CLIP]),
-    "one letter": reply("و؟"),
+    "one sign": reply("؟"),
     "recipient": entry({**REPLY, "recipient": "bob"}),
     "unused": entry(speaker=7, misc=[{"any": float("nan")}], start_index=None),
 }
@@ -183,17 +178,17 @@ def test_a_key_given_twice_is_refused_with_its_place(load, text):
     [
         ("", "holds no entry"),
         ("[]", "holds no entry"),
-        (" \n\n", "JSON array or JSONL"),
-        ("[1,", "JSON array or JSONL .*line 1"),
-        ('{"messages": 1}\n{"mess', "JSONL .*line 2"),
-        ("[" * 100_000, "JSONL .*recursion"),
-        ("<xml/>", "JSONL .*line 1"),
-        ("[" + "9" * 5000 + "]", "JSONL .*Exceeds the limit"),
+        (" \n\n", "holds no entry"),
+        ("[1,", "neither a JSON array nor JSONL: .*line 1"),
+        ('{"messages": 1}\n{"mess', "JSONL: .*line 2"),
+        ("[" * 100_000, "JSONL: .*recursion"),
+        ("<xml/>", "JSONL: .*line 1"),
+        ("[" + "9" * 5000 + "]", "JSONL: Exceeds the limit"),
         (
             '\n\r\n{"messages": 1}\r\n\n \n{"messages": [}\n{"messages": 1}',
             r"Expecting value: line 6 column 15 ",
         ),
-        ('{"a": 1}\n\n{"a": [\n{"a": 1}\n{"a": 1}\n', "JSONL .*: line 6 "),
+        ('{"a": 1}\n\n{"a": [\n{"a": 1}\n{"a": 1}\n', "line 5 column 1 .*, in what begins in line 3"),
         ('{"a": "\n"}', "Invalid control character at: line 1"),
     ],
 )
@@ -206,7 +201,7 @@ def test_not_a_manifest(load, text, message):
 def test_unreadable_manifests(tmp_path):
     (tmp_path / "latin.json").write_bytes("[{'é'}]".encode("latin-1"))
     for name in ("missing.json", "latin.json", "."):
-        with pytest.raises(UserError, match="cannot be read as a JSON array or JSONL in UTF-8"):
+        with pytest.raises(UserError, match="cannot be read as UTF-8"):
             load_manifest(tmp_path / name)
 
 
@@ -227,8 +222,14 @@ def test_each_problem_of_each_entry_is_one_line(load):
     with pytest.raises(UserError) as error:
         load([long, entry(), empty])
     lines = str(error.value).splitlines()
-    assert [line.split(":")[0] for line in lines[1:]] == ["  entry 0"] * 5 + ["  entry 2"]
+    assert [line.split(":")[0] for line in lines[1:]] == ["  entry 0"] * 5 + ["  entry 2"] * 2
     assert max(map(len, lines)) < 400
+
+
+def test_checks_leave_an_entry_as_it_is(tiny):
+    raw = entry({"role": "user", "content": ["hello", CLIP]}, {**REPLY, "content": CLIP})
+    before = copy.deepcopy(raw)
+    assert check_entry(raw, str(tiny)) == [] and raw == before
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

@@ -12,8 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import dataset
-from dataset import LOWEST_COST, samples_of_step, split_over_ranks
+from dataset import LOWEST_COST, samples_of_step, split_into_micro_batches, split_over_ranks
 
 draws = settings(max_examples=200, deadline=None, derandomize=True)
 manifest_sizes = st.integers(1, 40)
@@ -40,12 +39,6 @@ def stream(num_samples, samples_per_step, seed, num_steps):
     planned = [samples_of_step(step, num_samples, samples_per_step, seed) for step in range(num_steps)]
     assert all(len(samples) == samples_per_step for samples in planned)
     return list(itertools.chain(*planned))
-
-
-def split_into_micro_batches(lengths, max_tokens, batch_size):
-    """The cut as ranges."""
-    cuts = dataset.split_into_micro_batches(lengths, max_tokens, batch_size)
-    return [range(len(lengths))[cut] for cut in cuts]
 
 
 def positions_of(lengths, cut):

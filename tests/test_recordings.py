@@ -137,9 +137,24 @@ def test_one_voice_without_a_column_of_speakers(tmp_path):
 
 def test_commas_for_bars_are_told(tmp_path):
     make_recordings(tmp_path, b"file,text\none.wav,hello\ntwo.wav,good day", {"one.wav": (1.0, 24_000)})
-    told = run_recipe(tmp_path)
+    (tmp_path / "train.json").write_text("[]")
+    done = launcher.run("tests/manual/make_manifests.py", "recordings", cwd=tmp_path)
+    told = done.stdout.splitlines()
     assert f"     2 not used, {NOT_THREE.replace('3', '2')}: line 2, 3" in told
     assert told[-1] == "     2 lines in all; 0 texts, 0 speakers; the second layout"
+    assert (
+        done.returncode == 1 and "error: nothing to train; train.json and held_out.json are as" in done.stderr
+    )
+    assert not (tmp_path / "held_out.json").exists()
+
+
+def test_a_system_turn_and_a_file_named_twice(tmp_path):
+    clips = dict.fromkeys(("one.wav", "two.wav", "three.wav"), (1.0, 24_000))
+    make_recordings(tmp_path, b"one.wav|one\ntwo.wav|two\nthree.wav|three\ntwo.wav|two", clips)
+    done = launcher.run("tests/manual/make_manifests.py", "recordings", "--system", "Speak.", cwd=tmp_path)
+    assert "     1 not used, a file of an earlier line: line 4" in done.stdout.splitlines()
+    for entry in json.loads((tmp_path / "train.json").read_text()):
+        assert entry["messages"][0] == {"role": "system", "content": "Speak."} and entry["start_index"] == 4
 
 
 def test_from_the_recipe_to_a_comparison(tiny, newcomer):

@@ -108,6 +108,7 @@ def test_the_largest_micro_batch_is_the_largest_whatever_the_estimate(open_data,
     data = open_data(64 * [{"messages": entry}], "--max_tokens=1024")
     length, _ = data.load_sample(0)
     model = torch.nn.parallel.DistributedDataParallel(trainer.LossModel(lora_model))
+    optimizer = torch.optim.AdamW(lora_model.parameters())
     for estimate in (length // 3, length * 3 // 2):
-        _, counts = trainer.run_largest(model, data, 64 * [estimate], torch.device("cpu"))
+        _, counts = trainer.run_largest(model, optimizer, data, 64 * [estimate], torch.device("cpu"))
         assert counts[-1] == 1024 // length * length

@@ -275,7 +275,8 @@ def our_steps(args, data, mine, device, waits):
     optimizer, schedule = trainer.build_optimizer(adapter, args, 10**6, {"step": 0})
     data.max_tokens = trainer.choose_max_tokens(args, adapter, {"step": 0}, device)
     model = distribute(trainer.LossModel(adapter))
-    trainer.run_largest(model, data, [data.load_sample(i)[0] for i in range(len(data.entries))], device)
+    lengths = [data.load_sample(i)[0] for i in range(len(data.entries))]
+    trainer.run_largest(model, optimizer, data, lengths, device)
     steps = dataset.in_workers(lambda step: data[mine], range(1000), args.num_workers)
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=device)

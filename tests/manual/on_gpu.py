@@ -221,10 +221,11 @@ def choose_max_tokens(device):
     """Choose max_tokens, and run the largest micro-batch, both as the trainer does."""
     random = random_model(device)
     limit = trainer.choose_max_tokens(random.args, random.adapter, {"step": 0}, device)
+    optimizer, _ = trainer.build_optimizer(random.adapter, random.args, 1, {"step": 0})
     data = dataclasses.replace(random.data, max_tokens=limit)
     before = benchmark.reset_memory(device)
     try:
-        _, counts = trainer.run_largest(random.model, data, random.lengths, device)
+        _, counts = trainer.run_largest(random.model, optimizer, data, random.lengths, device)
     except torch.OutOfMemoryError:
         return False, f"{limit:,} do not fit beside {before / 1e9:.1f} GB of weights"
     if device.type == "cpu":
@@ -274,7 +275,7 @@ def encode(device, workers):
         soundfile.write(path, np.roll(wave, 1000 * i), 44_100)
     codec.encode(wave, 44_100)  # to warm up
     began = time.perf_counter()
-    dataset.encode_clips(clips, [], codec, workers)
+    dataset.encode_clips(clips, [], codec, workers, show=False)
     took = time.perf_counter() - began
     return None, f"{seconds * number / took:.1f} s of sound a second ({number} clips of {seconds} s)"
 

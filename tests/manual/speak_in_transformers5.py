@@ -11,6 +11,9 @@ base, adapter = "tiny/transformers5", "tiny/out"  # or bosonai/higgs-tts-2-3b-ba
 merged = None  # or a new folder for vLLM-Omni, which gets base and adapter as one model
 system = "Generate speech in the voice of the reference audio."
 reference, text = "tiny/clips/voice_a.wav", "صباح الخير يا صديقي"
+said = (
+    None  # or what the reference says: the second layout, without a system turn, as make_manifests writes it
+)
 said_first = None  # or the text that the reply begins with, where such replies were trained
 
 # The base's own template leaves out a reference in the user's turn. This one gives the ids that were trained.
@@ -28,6 +31,12 @@ prompt = [
     {"role": "system", "content": [{"type": "text", "text": system}]},
     {"role": "user", "content": [{"type": "audio", "url": reference}, {"type": "text", "text": text}]},
 ]
+if said:
+    prompt = [
+        {"role": "user", "content": [{"type": "text", "text": said}]},
+        {"role": "assistant", "content": [{"type": "audio", "url": reference}]},
+        {"role": "user", "content": [{"type": "text", "text": text}]},
+    ]
 if said_first:
     prompt.append({"role": "assistant", "content": [{"type": "text", "text": said_first}]})
 
