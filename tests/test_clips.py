@@ -95,6 +95,22 @@ def test_cut_clips_are_refused(tmp_path, kind, part):
         dataset.load_waveform(path, 24_000)
 
 
+@pytest.mark.parametrize("kind", ["ogg vorbis", "ogg opus"])
+def test_an_ogg_cut_in_the_header_of_its_last_page_is_refused(tmp_path, kind):
+    content = make(tmp_path, kind).read_bytes()
+    for left in (6, 10, 26):
+        path = save(tmp_path / "cut.ogg", content[: content.rindex(b"OggS\0") + left])
+        with pytest.raises(UserError, match="its last page is missing: fetch it again"):
+            dataset.load_waveform(path, 24_000)
+
+
+def test_a_wav_whose_header_tells_a_wrong_byte_rate_is_whole(tmp_path):
+    """libsndfile's log says of that number, too, what it should be."""
+    content = bytearray(make(tmp_path, "wav 16 bit").read_bytes())
+    content[28:32] = struct.pack("<I", 96_000)
+    assert_as_inference(save(tmp_path / "a.wav", content), 3.0)
+
+
 @pytest.mark.parametrize("rate", [24_000, 44_100])
 def test_a_cut_mp3_without_xing_is_refused_unless_cut_between_frames(tmp_path, rate):
     """Then nothing tells its length. Here five of a frame's bytes are gone, or there."""
@@ -111,7 +127,7 @@ def test_a_cut_mp3_without_xing_is_refused_unless_cut_between_frames(tmp_path, r
 
 
 @pytest.mark.parametrize(
-    "kind", ["wav 16 bit", "wav float", "flac", "ogg vorbis", "ogg opus", *list(KINDS)[-2:]]
+    "kind", ["wav 16 bit", "wav float", "rf64", "flac", "ogg vorbis", "ogg opus", *list(KINDS)[-2:]]
 )
 def test_joined_clips_are_refused(tmp_path, kind):
     """The second one short, too. soundfile itself refuses wav."""

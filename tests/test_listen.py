@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,19 @@ def test_losses_are_the_formulas_and_the_files_are_there(tiny, adapters, open_da
             assert (f"entry {entry}: no audio" in told) or (tiny / "listen" / file).exists()
     assert "&lt;b&gt;&amp;" in page and "<b>" not in page and "<script" not in page
     assert f"spread_0.5<br>loss {rows['spread_0.5'][2]:.3f}" in page
+
+
+def test_an_adapter_may_be_called_as_a_column(tiny, adapters, tmp_path, capsys):
+    """Catches one that takes the base's place in the table, or is never heard."""
+    for near_or_far, name in zip(adapters, ("base", "target")):
+        shutil.copytree(near_or_far, tmp_path / name)
+    compare(tiny, tiny / "train.json", str(tmp_path / "base"), str(tmp_path / "target"))
+    told = capsys.readouterr().out
+    rows = read_losses(told)
+    assert list(rows)[0] == "base" and len(rows) == 3
+    assert all(name.startswith("adapter-") for name in list(rows)[1:])
+    page = (tiny / "listen/index.html").read_text()
+    assert 'src="0-reference.wav"' in page and 'src="0-target.wav"' in page
 
 
 def test_an_adapter_that_is_not_finite_never_wins(tiny, adapters, capsys):

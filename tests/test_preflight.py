@@ -128,6 +128,18 @@ def test_references_in_other_layouts_and_deaf_ones(tiny, entries):
     assert code == 0 and "reference   heard, in turns of: assistant\n" in told
 
 
+def test_a_reference_that_is_trained_is_told():
+    """The second layout without its start_index trains the reference's reply as well."""
+    turns = []
+    for role, part in (("user", "a"), ("assistant", "r.wav"), ("user", "b"), ("assistant", "t.wav")):
+        content = {"type": "text", "text": part} if role == "user" else {"type": "audio", "audio_url": part}
+        turns.append({"role": role, "content": [content]})
+    frames = {"r.wav": 25, "t.wav": 25}
+    masked, unmasked = {"messages": turns, "start_index": 3}, {"messages": turns}
+    found = validate_pipeline.find_odd_texts([masked, unmasked], frames)
+    assert found == [("entry 1", "trains 2 turns: start_index is not set")]
+
+
 def test_text_alone_is_legal(tiny):
     code, told = preflight(
         tiny,
