@@ -275,10 +275,8 @@ def fit_max_tokens(args, model, free_bytes: int) -> int:
 
     The constants are bytes a position, layer and hidden unit, counted with tests/support's stand-in for CUDA.
     """
-    config, trainable = (
-        model.config.text_config,
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-    )
+    config = model.config.text_config
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     layer = 63.3 if args.lora_dropout else 46.7
     kept = layer * config.num_hidden_layers
     if args.gradient_checkpointing:
@@ -353,9 +351,8 @@ def open_metrics(output_dir: Path, step: int) -> SummaryWriter:
     with user_error(f"--output_dir {output_dir} cannot be written"):
         kept = []
         for line in file.read_text().splitlines() if file.exists() else []:
-            # A kill can cut the last line off
-            if line.endswith("}") and json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            with contextlib.suppress(ValueError):  # a kill can cut the last line off
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
         file.with_suffix(".unfinished").write_text("".join(kept))
         file.with_suffix(".unfinished").replace(file)
         return SummaryWriter(output_dir / "runs", purge_step=step + 1)
