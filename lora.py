@@ -57,6 +57,8 @@ def download(flag: str, name: str | Path, patterns: list[str]) -> Path:
     if revision is None:
         check_format(flag, Path(repository))
         return Path(repository)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        huggingface_hub.utils.disable_progress_bars()  # one rank of a node downloads, the others wait for it
     command = f"huggingface-cli download {repository} --revision {revision}"
     with user_error(
         f"{flag} {name}: no such folder, neither cached nor to be had from the hub; try {command}"
