@@ -11,9 +11,8 @@ base, adapter = "tiny/transformers5", "tiny/out"  # or bosonai/higgs-tts-2-3b-ba
 merged = None  # or a new folder for vLLM-Omni, which gets base and adapter as one model
 system = "Generate speech in the voice of the reference audio."
 reference, text = "tiny/clips/voice_a.wav", "صباح الخير يا صديقي"
-said = (
-    None  # or what the reference says: the second layout, without a system turn, as make_manifests writes it
-)
+# Or what the reference says: then in the second layout, without a system turn, as make_manifests writes it
+said = None
 said_first = None  # or the text that the reply begins with, where such replies were trained
 
 # The base's own template leaves out a reference in the user's turn. This one gives the ids that were trained.
