@@ -44,13 +44,8 @@ PLAIN_WORDS = {  # for types of error where pydantic's own words say too little
 # In libsndfile's log: a size that a header tells, and the true one
 SIZES = re.compile(r"(?i)^ *(?:rif[fx]|riff size|form|data|data size) *: +(\d+) \(should be (\d+)\)", re.M)
 # The first bytes of a file, and of an mp3's frame: seen again later, the file is several files joined
-STARTS = {
-    "OGG": b"OggS\0\2",
-    "FLAC": b'fLaC\0\0\0"',
-    "WAV": b"WAVEfmt ",
-    "RF64": b"WAVEds64",
-    "WAVEX": b"WAVEfmt ",
-}
+STARTS = {"OGG": b"OggS\0\2", "FLAC": b'fLaC\0\0\0"', "RF64": b"WAVEds64"}
+STARTS |= dict.fromkeys(("WAV", "WAVEX"), b"WAVEfmt ")
 FRAME = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
 # The frame of an mp3 that tells its length, which is a guess without it
 XING = re.compile(FRAME.pattern + rb".{11,34}(?:Xing|Info)", re.S)

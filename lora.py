@@ -5,10 +5,12 @@ python lora.py merge --base_ckpt bosonai/higgs-audio-v2-generation-3B-base \\
 """
 
 import argparse
+import errno
 import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +23,7 @@ import huggingface_hub
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
@@ -59,27 +62,26 @@ def download(flag: str, name: str | Path, patterns: list[str]) -> Path:
         return Path(repository)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         huggingface_hub.utils.disable_progress_bars()  # one rank of a node downloads, the others wait for it
-    command = f"huggingface-cli download {repository} --revision {revision}"
     with user_error(
-        f"{flag} {name}: no such folder, neither cached nor to be had from the hub; try {command}"
+        f"{flag} {name}: no such folder, neither cached nor to be had from the hub; where there is a "
+        f"network: huggingface-cli download {repository} --revision {revision}"
     ):
-        for files in (["config.json"], patterns):  # check the format before 11.5 GB of weights
-            folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files)
-            check_format(flag, Path(folder))
-    return Path(folder)
+        fetch = functools.partial(huggingface_hub.snapshot_download, repository, revision=revision)
+        check_format(flag, Path(fetch(allow_patterns=["config.json"])))  # before 11.5 GB of weights
+        return Path(fetch(allow_patterns=patterns))
 
 
 def check_format(flag: str, folder: Path) -> None:
-    """Raise UserError for a checkpoint in transformers' own format, the hub's since April 2026."""
-    config = folder / "config.json"  # an adapter has none
+    """Raise UserError for a checkpoint in the format of transformers' own port of the model."""
+    if not (folder / "config.json").exists():
+        return  # an adapter
     with user_error(f"{flag} {folder}: its config.json cannot be read"):
-        settings = json.loads(config.read_bytes()) if config.exists() else {}
-        model_type = str(settings.get("model_type"))
+        model_type = str(PretrainedConfig.get_config_dict(folder)[0].get("model_type"))
     if model_type.startswith("higgs_audio_v2"):
         original = CODEC if "tokenizer" in model_type else BASE
         raise UserError(
-            f"{flag} {folder} is in transformers' own format ({model_type}), which the hub's main has had "
-            "since April 2026 and boson_multimodal cannot read. The last original is "
+            f"{flag} {folder} is in transformers' own format ({model_type}), which the hub's main has "
+            "had since April 2026 and boson_multimodal cannot read. The last original is "
             f"{original}@{REVISIONS[original]}"
         )
 
@@ -89,9 +91,8 @@ def open_base(folder: Path) -> tuple[HiggsAudioConfig, AutoTokenizer]:
     with user_error(f"--base_ckpt {folder}: no Higgs Audio checkpoint there"):
         settings, _ = PretrainedConfig.get_config_dict(folder)
         if settings.get("model_type") != "higgs_audio" or settings.get("encode_whisper_embed"):
-            raise UserError(
-                f"{folder} is {settings.get('model_type', 'no model')}, not higgs_audio without Whisper"
-            )
+            seen = settings.get("model_type", "no model")
+            raise UserError(f"--base_ckpt {folder} is {seen}, not higgs_audio without Whisper")
         return HiggsAudioConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
@@ -166,9 +167,25 @@ def build_model(args, folder: Path, device) -> PeftModel:
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = split_name(args.base_ckpt)
     for module in model.modules():  # autocast casts inputs: PEFT's own cast would keep copies of them
-        if hasattr(module, "cast_input_dtype_enabled"):
+        if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False
     return model.train()
+
+
+def fit_max_tokens(args, model, free_bytes: int) -> int:
+    """Positions whose activations fill 3/4 of the memory, a power of two of at most 16,384.
+
+    The constants are bytes a position, layer and hidden unit, counted with tests/support's stand-in for CUDA.
+    """
+    config = model.config.text_config
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    layer = 63.3 if args.lora_dropout else 46.7
+    kept = layer * config.num_hidden_layers
+    if args.gradient_checkpointing:
+        kept = layer + 2 * config.num_hidden_layers
+    free_bytes -= 12 * trainable  # gradients and AdamW's two moments, float32
+    positions = 0.75 * free_bytes / ((kept + 7.7) * config.hidden_size)
+    return 2 ** int(math.log2(max(1, min(positions, 16_384))))
 
 
 def open_output(output_dir: Path, wanted: str | None) -> Path | None:
@@ -181,9 +198,9 @@ def open_output(output_dir: Path, wanted: str | None) -> Path | None:
         lock = os.open(output_dir / "lock", os.O_CREAT | os.O_RDWR, 0o666)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-        except (BlockingIOError, PermissionError):
-            raise
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
             warnings.warn(f"{output_dir} has no locks: make sure that no other run is in it", stacklevel=2)
     found = list_checkpoints(output_dir)
     newest = found[-1] if found else None
@@ -278,12 +295,14 @@ def load_adapter(base: HiggsAudioModel, name: str, base_id: str) -> PeftModel:
         warnings.warn(f"--adapter {name} does not say which base it was trained on", stacklevel=2)
     elif args["base_fingerprint"] != base_id:
         raise UserError(f"--adapter {name} was trained on another base: {args.get('base_ckpt')}")
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    expected = {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(model).items()}
-    wrong = [key for key in shapes | expected if shapes.get(key) != expected.get(key)]
-    problems = [(key, f"has shape {shapes.get(key)}, expected {expected.get(key)}") for key in wrong]
-    damaged = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    problems += [(key, "holds numbers that are not finite; look at its training") for key in damaged]
+    expected = get_peft_model_state_dict(model)
+    problems = [(key, "is missing") for key in expected.keys() - tensors.keys()]
+    for key, tensor in tensors.items():
+        if key not in expected or tensor.shape != expected[key].shape:
+            shape = tuple(expected[key].shape) if key in expected else "none"
+            problems.append((key, f"has shape {tuple(tensor.shape)}, expected {shape}"))
+        elif not tensor.isfinite().all():
+            problems.append((key, "holds numbers that are not finite; look at its training"))
     raise_if_any(f"--adapter {name} does not fit the base", problems)
     set_peft_model_state_dict(model, tensors)
     return model

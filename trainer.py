@@ -63,15 +63,8 @@ FLAGS = [
     ("save_total_limit", int, 10, "how many of the newest checkpoints are kept, of 0.5 GB each"),
     ("resume_from_checkpoint", str, None, "a checkpoint's folder, or auto: output_dir's newest, if any"),
 ]
-HIGHEST = {
-    "batch_size": 4096,
-    "grad_accum": 10**5,
-    "lora_r": 4096,
-    "lora_dropout": 0.99,
-    "warmup_ratio": 1,
-    "num_workers": 256,
-    "seed": 2**63 - 1,
-}
+HIGHEST = {"batch_size": 4096, "grad_accum": 10**5, "lora_r": 4096, "num_workers": 256, "seed": 2**63 - 1}
+HIGHEST |= {"lora_dropout": 0.99, "warmup_ratio": 1}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -124,7 +117,7 @@ def choose_device() -> torch.device:
     if is_wanted and (os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")):
         raise UserError(
             f"the NVIDIA driver of this machine is too old for torch {torch.__version__}, or sees no GPU: "
-            "update it to 580 or newer; CUDA_VISIBLE_DEVICES= uses the CPU"
+            "update it to 580 or newer, or install a torch for its CUDA; CUDA_VISIBLE_DEVICES= uses the CPU"
         )
     return torch.device("cpu")
 
@@ -133,7 +126,10 @@ def describe_device(args, device: torch.device) -> str:
     """What a run computes with, to be read before anything large is loaded."""
     threads = f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
-    return f"device: {device} ({name}), base in {lora.base_dtype(args.precision, device)}"
+    tokens = "automatic" if args.max_tokens is None else args.max_tokens
+    return (
+        f"device: {device} ({name}), base in {lora.base_dtype(args.precision, device)}, max_tokens {tokens}"
+    )
 
 
 def join_ranks(device: torch.device) -> None:
@@ -151,11 +147,12 @@ def join_ranks(device: torch.device) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def on_all_ranks(function, *args):
-    """Call `function` on every rank; a UserError of any rank is raised on all of them."""
+def on_all_ranks(function, *args, here: bool = True):
+    """Call `function` on each rank that is `here`; a UserError of any rank is raised on all of them."""
     result, problem = None, None
     try:
-        result = function(*args)
+        if here:
+            result = function(*args)
     except UserError as error:
         problem = str(error)
     problems = [None] * dist.get_world_size()
@@ -167,8 +164,7 @@ def on_all_ranks(function, *args):
 
 def on_rank_0(function, *args):
     """Call `function` on rank 0; all ranks get its result, or its UserError."""
-    own_function = function if dist.get_rank() == 0 else lambda *_: None
-    results = [on_all_ranks(own_function, *args)]
+    results = [on_all_ranks(function, *args, here=dist.get_rank() == 0)]
     dist.broadcast_object_list(results)
     return results[0]
 
@@ -270,22 +266,6 @@ def compute_gradients(model, micro_batches: list, label_counts: torch.Tensor, de
     return sums
 
 
-def fit_max_tokens(args, model, free_bytes: int) -> int:
-    """Positions whose activations fill 3/4 of the memory, a power of two of at most 16,384.
-
-    The constants are bytes a position, layer and hidden unit, counted with tests/support's stand-in for CUDA.
-    """
-    config = model.config.text_config
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    layer = 63.3 if args.lora_dropout else 46.7
-    kept = layer * config.num_hidden_layers
-    if args.gradient_checkpointing:
-        kept = layer + 2 * config.num_hidden_layers
-    free_bytes -= 12 * trainable  # gradients and AdamW's two moments, float32
-    positions = 0.75 * free_bytes / ((kept + 7.7) * config.hidden_size)
-    return 2 ** int(math.log2(max(1, min(positions, 16_384))))
-
-
 def choose_max_tokens(args, model, state: dict, device: torch.device) -> int:
     """Padded positions of a micro-batch: the flag's, the resumed run's, or what each rank's GPU fits."""
     if args.max_tokens is not None:
@@ -296,7 +276,7 @@ def choose_max_tokens(args, model, state: dict, device: torch.device) -> int:
         return 0
     torch.cuda.empty_cache()  # of the codec
     free_bytes, _ = torch.cuda.mem_get_info()
-    fitting = torch.tensor(fit_max_tokens(args, model, free_bytes))
+    fitting = torch.tensor(lora.fit_max_tokens(args, model, free_bytes))
     dist.all_reduce(fitting, dist.ReduceOp.MIN)
     return int(fitting)
 
@@ -321,22 +301,22 @@ def run_largest(model, optimizer, data: dataset.StepDataset, lengths: list[int],
     Twice, as DDP reorders its buckets, and so its sums, after the first backward pass: a resumed run then
     adds in the order of one that never stopped. Returns the micro-batch.
     """
+
+    def fitting(length):  # samples
+        return max(1, data.max_tokens // length) if data.max_tokens else data.batch_size
+
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    largest = 0
-    for k, i in enumerate(order):
-        size = max(1, data.max_tokens // lengths[i]) if data.max_tokens else data.batch_size
-        positions = lengths[i] * min(size, len(order) - k)
-        if positions > largest:
-            largest, candidates = positions, order[k : k + 2 * size]
+    padded = [lengths[i] * min(fitting(lengths[i]), len(order) - k) for k, i in enumerate(order)]
+    first = padded.index(max(padded))
     # `lengths` are estimates: of twice as many samples, take by their true lengths what fits
-    candidates = sorted(candidates, key=lambda i: data.load_sample(i)[0], reverse=True)
-    longest, _ = data.load_sample(candidates[0])
-    size = max(1, data.max_tokens // longest) if data.max_tokens else data.batch_size
+    candidates = order[first : first + 2 * fitting(lengths[order[first]])]
+    group = sorted(((data.load_sample(i)[0], i) for i in candidates), reverse=True)
+    size = fitting(group[0][0])
     uncut = dataclasses.replace(data, max_tokens=0, batch_size=size)
-    [(batch, counts)] = uncut[candidates[:size]]
+    [(batch, counts)] = uncut[[i for _, i in group[:size]]]
     # AdamW's first step makes two moments of each weight; those of a resumed run are there
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    moments = [] if optimizer.state else [torch.empty_like(parameter) for parameter in trainable * 2]
+    trained = optimizer.param_groups[0]["params"]
+    moments = [] if optimizer.state else [torch.empty_like(parameter) for parameter in trained * 2]
     label_counts = torch.from_numpy(counts[:-2])
     for _ in range(2):
         compute_gradients(model, [(batch, counts)], label_counts, device)
@@ -409,8 +389,7 @@ def train(args: argparse.Namespace) -> None:
         return data[shares[rank]]
 
     steps = dataset.in_workers(load_step, range(state["step"], total_steps), args.num_workers)
-    open_board = open_metrics if rank == 0 else lambda *_: None
-    board = on_all_ranks(open_board, args.output_dir, state["step"])
+    board = on_all_ranks(open_metrics, args.output_dir, state["step"], here=rank == 0)
     stop = []  # a list, as a second signal's handler could wait for a threading.Event's lock for ever
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # Slurm can send SIGUSR1 before its end
         signal.signal(number, lambda *_: stop.append(True))
@@ -492,7 +471,7 @@ def run_and_exit(function, *args) -> None:
 
     Python's own way out would wait for DataLoader workers, and gloo's threads can abort in it.
     """
-    exit_code = 1
+    exit_code, message = 1, None
     sys.stdout.reconfigure(line_buffering=True)  # a pipe, too, has each line at once
     try:
         function(*args)
@@ -501,17 +480,18 @@ def run_and_exit(function, *args) -> None:
         exit_code = 0
     except UserError as error:  # all ranks raise it, one tells it
         rank = "RANK" if dist.is_initialized() else "LOCAL_RANK"
-        if os.environ.get(rank, "0") == "0":
-            print(f"\nerror: {error}", file=sys.stderr)
+        message = str(error) if os.environ.get(rank, "0") == "0" else None
     except torch.OutOfMemoryError as error:
-        print(f"\nerror: {error}; try --gradient_checkpointing or a smaller --max_tokens", file=sys.stderr)
+        message = f"{error}; try --gradient_checkpointing, smaller --batch_size or --max_tokens"
     except KeyboardInterrupt:
-        print("\nerror: interrupted", file=sys.stderr)
+        message = "interrupted"
     except Exception as error:
         if str(error).startswith("DataLoader "):
-            print(f"\nerror: {error}: is memory or a disk full? --num_workers 0 tells more", file=sys.stderr)
+            message = f"{error}: memory or a disk may be at fault; --num_workers 0 tells more"
         else:
             traceback.print_exc()
+    if message:
+        print(f"\nerror: {message}", file=sys.stderr)
     for worker in multiprocessing.active_children():
         worker.kill()  # it ignores SIGTERM
     sys.stdout.flush()

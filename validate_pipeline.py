@@ -46,14 +46,15 @@ def report(name: str, text) -> None:
     print(f"{name:<11} {text}", flush=True)
 
 
-def split_clips(entry: dict) -> tuple[list[str], list[tuple[list[str], str, str]]]:
-    """(paths of its references, [(paths of a trained turn, the text before it, its own text), ...])."""
+def split_clips(entry: dict) -> tuple[list[str], list[tuple[list[str], str, str, str]]]:
+    """(paths of references, [(paths of a trained turn, the text before it, its own text, its kind), ...])."""
     references, targets, said = [], [], ""
     for i, turn in enumerate(entry["messages"]):
         paths = [path for _, path in dataset.clips_of({"messages": [turn]})]
         text = dataset.texts_of({"messages": [turn]})
         if turn["role"] == "assistant" and i >= (entry.get("start_index") or 0):
-            targets.append((paths, said, text))
+            kind = "text, then clip" if turn["content"][0]["type"] == "text" else "clip first"
+            targets.append((paths, said, text, kind if paths else "text only"))
         else:
             references += paths
             said = text
@@ -69,13 +70,9 @@ def describe_data(data: dataset.StepDataset, frames: dict[str, int]) -> None:
         references, targets = split_clips(entry)
         clips["references"].update(references)
         heard |= {role for role, path in dataset.clips_of(entry) if path in references}
-        for turn in entry["messages"][entry.get("start_index") or 0 :]:
-            if turn["role"] == "assistant":
-                types = [part["type"] for part in turn["content"]]
-                kind = "text, then clip" if types[0] == "text" else "clip first"
-                kinds[kind if "audio" in types else "text only"] += 1
-        for paths, _, _ in targets:
+        for paths, _, _, kind in targets:
             clips["targets"].update(paths)
+            kinds[kind] += 1
     for name, paths in clips.items():
         length = timedelta(seconds=sum(frames[path] for path in paths) // FRAME_RATE)
         report(name, f"{length} (h:mm:ss) in {len(paths):,} distinct clips")
@@ -103,7 +100,7 @@ def find_odd_texts(entries: list[dict], frames: dict[str, int]) -> list[tuple[st
     found, rates = [], {}
     for i, entry in enumerate(entries):
         references, targets = split_clips(entry)
-        spoken = [path for paths, _, _ in targets for path in paths]
+        spoken = [path for paths, *_ in targets for path in paths]
         for path in sorted(set(references) & set(spoken)):
             found.append((f"entry {i}", f"{path} is both reference and target"))
         if len(targets) > 1 and not entry.get("start_index"):
@@ -111,7 +108,7 @@ def find_odd_texts(entries: list[dict], frames: dict[str, int]) -> list[tuple[st
         if odd := ODD_TEXT.search(dataset.texts_of(entry)):
             found.append((f"entry {i}", f"its text has {odd[0]!r}, which looks like a fault of its file"))
         if spoken:
-            characters = sum(len(f"{said} {text}".strip()) for paths, said, text in targets if paths)
+            characters = sum(len(f"{said} {text}".strip()) for paths, said, text, _ in targets if paths)
             rates[i] = characters / (sum(frames[path] for path in spoken) / FRAME_RATE)
     usual = np.median(list(rates.values())) if rates else 0
     for i, rate in rates.items():
@@ -215,18 +212,21 @@ def write_audio(args, data, run: dict, base: Path, codec: Path, adapters: dict, 
             turns = entry["messages"]
             reply = max(k for k, turn in enumerate(turns) if turn["role"] == "assistant")
             references, targets = split_clips(entry)
-            row = rows.setdefault(f"entry {i}", {"text": html.escape(" ".join(targets[-1][1:]))})
+            recorded = {"reference": references[-1:], "target": targets[-1][0][:1]}
+            row = rows.setdefault(f"entry {i}", {"text": html.escape(" ".join(targets[-1][1:3]))})
             wave, reason = None, "the entry has no clip"
             file = args.output_dir / f"{i}-{name}.wav"
             file.unlink(missing_ok=True)  # of an earlier comparison
-            if name in ("reference", "target"):
-                for path in (references if name == "reference" else targets[-1][0])[-1:]:
+            if name in recorded:
+                for path in recorded[name]:
                     codes = torch.tensor(dataset.load_codes(data.code_files[path]))  # (num_codebooks, T)
                     wave = engine.audio_tokenizer.decode(codes[None].long())[0, 0]  # (samples,)
             else:
+                limit = min(1024, 2 * data.load_sample(i)[0])  # babble ends at twice the length
                 try:
-                    limit = min(1024, 2 * data.load_sample(i)[0])  # babble ends at twice the length
                     wave = engine.generate({"messages": turns[:reply]}, limit, seed=args.seed).audio
+                except torch.OutOfMemoryError:
+                    raise
                 except (IndexError, RuntimeError) as error:  # upstream's, where no audio came out
                     reason = error
             row[name], told = "no audio", f"no audio: {reason}"
@@ -259,8 +259,8 @@ def compare(args: argparse.Namespace, names: list[str], device: torch.device) ->
         losses[name] = mean_losses(model, data, device)
         model.model.unload()
     table = pd.DataFrame(losses).T
-    printed = table.to_string(float_format="{:.3f}".format)
-    print(f"losses of {len(data.entries)} entries, teacher-forced:\n{printed}")
+    print(f"losses of {len(data.entries)} entries, teacher-forced:")
+    print(table.to_string(float_format="{:.3f}".format))
     if len(data.entries) < 20:
         print("warning: under 20 held-out entries, differences can be chance")
     finite = table["total"].drop("base")[np.isfinite(table["total"].drop("base"))]

@@ -101,7 +101,7 @@ def test_codes_are_those_of_inference(open_data, tiny, tmp_path, rate, channels,
             "--base_ckpt",
             "nobody/nothing",
             "--base_ckpt nobody/nothing: no such folder, neither cached nor to be "
-            "had from the hub; try huggingface-cli download nobody/nothing --revision main",
+            "had from the hub; .*huggingface-cli download nobody/nothing --revision main",
         ),
         ("--audio_tokenizer", "/nowhere/codec", "--audio_tokenizer /nowhere/codec: no such folder"),
         ("--audio_tokenizer", "/tmp", "--audio_tokenizer /tmp: no codec there"),

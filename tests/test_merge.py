@@ -117,7 +117,7 @@ def not_finite(adapter):
             lambda folder: config_with(folder, r=8),
             r"(?s)does not fit the base: 40 .*: has shape \(4, 512\), expected \(8",
         ),
-        (without_one, "(?s)does not fit the base: 1 .*: has shape None"),
+        (without_one, "(?s)does not fit the base: 1 .*: is missing"),
         (not_finite, "(?s)does not fit the base: 1 .*  base_model.*holds numbers that are not finite"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"damaged"), "SafetensorError"),
         (lambda folder: (folder / WEIGHTS).unlink(), "no LoRA adapter there"),

@@ -125,7 +125,7 @@ def test_what_a_gpu_holds():
 
     def positions(gigabytes, *flags):
         args = trainer.parse_args(["--train_manifest=train.json", "--output_dir=out", *flags])
-        return trainer.fit_max_tokens(args, model, gigabytes * 2**30 - 0.8e9 - base - 4 * adapter)
+        return lora.fit_max_tokens(args, model, gigabytes * 2**30 - 0.8e9 - base - 4 * adapter)
 
     told = "1,024 positions (40 s) on 24 GB, 8,192 on 80 GB, and 16,384, the most, on either with that flag"
     assert told in WORDS and 1024 // 25 == 40

@@ -255,7 +255,7 @@ def test_max_tokens_fit_the_free_memory(gigabytes, flags, expected):
     """On a GPU, of the released shape: what the README says of 80 and 24 GB, less base, adapter and AdamW."""
     args = trainer.parse_args(["--train_manifest=a", "--output_dir=b", *flags])
     model = SimpleNamespace(config=tiny_checkpoint.released_config(), parameters=list)
-    assert trainer.fit_max_tokens(args, model, gigabytes * 1e9) == expected
+    assert lora.fit_max_tokens(args, model, gigabytes * 1e9) == expected
 
 
 def test_estimated_lengths_are_near(open_data, entries):
