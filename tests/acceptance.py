@@ -4,6 +4,7 @@ Each check_* takes the lab (open_lab) and returns (passed, the figure it measure
 """
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import json
@@ -11,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import transformers
 from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioBatchInput
+from boson_multimodal.data_types import AudioContent, ChatMLSample
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
 from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
@@ -31,6 +32,7 @@ import lora
 import trainer
 from tests.support import tiny_checkpoint
 from tests.support.batches import CPU, micro_batches
+from tests.support.bounds import TINY, rounding_bound
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -63,7 +65,6 @@ def train(folder):
         *flags,
         "--batch_size=2",
         "--save_steps=20",
-        "--save_total_limit=9",
         f"--output_dir={folder}/out",
     )
     flags += [
@@ -107,11 +108,16 @@ def open_lab(folder):
 
 def prompt_of(entry):
     """What inference is given: the entry without its reply."""
-    return {"messages": entry["messages"][:-1]}
+    return ChatMLSample(entry.messages[:-1])
 
 
 def check_preprocessing(lab):
-    """Token ids, attention and reference codes equal HiggsAudioServeEngine's up to the assistant header."""
+    """Token ids, attention and reference codes equal HiggsAudioServeEngine's up to the assistant header.
+
+    The codes, too: on one machine both encode the same sound by the same codec in the same shapes, and in one
+    thread (environment). Another number of threads can sum in another order, and two entries of a codebook
+    can be equally near.
+    """
     compared = 0
     for i, entry in enumerate(lab.entries):
         theirs, [(ours, _)] = lab.engine._prepare_inputs(prompt_of(entry)), micro_batches(lab.data, [i])
@@ -135,32 +141,36 @@ def check_forward_kwargs(lab):
 
 def first_audio_logits(lab, reference, heard):
     """Logits of entry 0's first frame with another reference clip, (num_codebooks, codebook_size + 2)."""
-    entry = json.loads(json.dumps(lab.entries[0]))
-    for part in entry["messages"][1]["content"]:
-        if "audio_url" in part:
-            part["audio_url"] = reference
-    collator = dataset.build_collator([], lab.model.config, "auto" if heard else "false")
-    data = dataset.StepDataset([entry], lab.data.code_files, lab.data.tokenizer, collator, 1, None)
+    entry = copy.deepcopy(lab.entries[0])
+    for part in entry.messages[1].content:
+        if isinstance(part, AudioContent):
+            part.audio_url = reference
+    collator = dataset.build_collator([], lab.model.config)
+    collator.return_audio_in_tokens = heard
+    data = dataset.StepDataset([entry], lab.data.code_files, lab.data.tokenizer, collator)
     [(batch, _)] = micro_batches(data, [0])
     with torch.no_grad():
         return lab.model(**batch).audio_logits[0]
 
 
 def check_reference_heard(lab):
-    """Another reference clip changes the logits; training that does not hear it is reported."""
-    voices = [dataset.clips_of(lab.entries[i])[0][1] for i in (0, 1)]
+    """Another reference clip changes the logits; a base that would not hear it is refused.
+
+    By more than rounding can: the logits' standard deviation is 3 (tiny_checkpoint.make_model), so that none
+    is far above 15. Where the clip is not heard the inputs are the same numbers, and so is every bit.
+    """
+    voices = [dataset.clips_of(lab.entries[i])[0] for i in (0, 1)]
     heard, unheard = (
         (first_audio_logits(lab, voices[0], on) - first_audio_logits(lab, voices[1], on)).abs().max()
         for on in (True, False)
     )
-    lab.args.return_audio_in_tokens = "false"
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        trainer.open_inputs(lab.args, CPU)
-    said = any("do not hear their reference" in str(warning.message) for warning in told)
-    return heard > 1e-3 and unheard == 0 and said, (
-        f"logits change by {heard:.3f}; with --return_audio_in_tokens false by {unheard:.0f}, and it says so"
-    )
+    try:
+        dataset.build_collator(lab.entries, SimpleNamespace(encode_audio_in_tokens=False))
+        is_refused = False
+    except dataset.UserError:
+        is_refused = True
+    passed = heard > rounding_bound(**TINY, scale=15) and unheard == 0 and is_refused
+    return passed, f"logits change by {heard:.3f}, unheard by {unheard:.0f}; a deaf base is refused"
 
 
 def loss_in_float64(outputs, batch):
@@ -184,15 +194,18 @@ def loss_in_float64(outputs, batch):
 
 
 def check_dual_loss(lab):
-    """The trainer's loss on two clips of different length equals the formula in float64."""
+    """The trainer's loss on two clips of different length equals the formula in float64.
+
+    The formula's logits come from another forward in float32: the loss is as exact as they are.
+    """
     [(batch, counts)] = micro_batches(lab.data, [0, 1])
     with torch.no_grad():
         expected = loss_in_float64(lab.model(**batch), batch)
         base = lora.load_base(lab.folder / "model", torch.float32, CPU)
         model = trainer.LossModel(lora.attach_lora(base, 4, 8, 0.0, seed=0))
-        means = model(batch, int(counts[0])) / counts[:-2]
+        means = model(batch) / counts[:-2]
     error = abs((means[0] + means[1:].mean()).item() / expected - 1)
-    return error < 1e-6, f"{expected:.6f} in float64, relative error {error:.1e}"
+    return error < rounding_bound(**TINY), f"{expected:.6f} in float64, relative error {error:.1e}"
 
 
 def check_targets(lab):
@@ -209,7 +222,10 @@ def check_targets(lab):
 
 
 def check_scaling(lab):
-    """Two ranks on disjoint samples have the gradient that one rank has on all of them."""
+    """Two ranks on disjoint samples have the gradient that one rank has on all of them.
+
+    It is a sum over the positions of all samples, of what comes forward and backward through the layers.
+    """
 
     def moments(folder):
         state = torch.load(folder / "trainer_state.pt", weights_only=True)["optimizer"]
@@ -221,7 +237,9 @@ def check_scaling(lab):
         for name in ("one_rank", "two_ranks")
     )
     error = ((one - two).norm() / one.norm()).item()
-    return error < 1e-5, f"gradients of {one.numel():,} parameters differ by {error:.1e} (relative norm)"
+    positions = sum(lab.data.load_sample(i)[0] for i in range(len(lab.entries)))
+    bound = rounding_bound(positions, 2 * TINY["layers"])
+    return error < bound, f"gradients of {one.numel():,} parameters differ by {error:.1e} (relative norm)"
 
 
 def check_checkpoint(lab):
@@ -257,7 +275,7 @@ def answer_all(lab, adapter):
     lab.engine.model = PeftModel.from_pretrained(lab.model, lab.folder / adapter).eval()
     accuracies, stops = [], []
     for entry in lab.entries:
-        file = lab.data.code_files[dataset.clips_of(entry)[-1][1]]
+        file = lab.data.code_files[dataset.clips_of(entry)[-1]]
         target = torch.from_numpy(np.load(file))  # (num_codebooks, T)
         codes, stopped = generate(lab.engine, entry)
         same_length = codes is not None and codes.shape == target.shape
@@ -312,6 +330,7 @@ def environment(folder):
         "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore",
         "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # as torchrun's ranks have: with more threads sums are rounded otherwise
     }  # one GPU cannot have two ranks; and the same figures for all
 
 

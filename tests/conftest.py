@@ -65,7 +65,7 @@ def process_group():
     import trainer
 
     gc.freeze()  # lora.load_base collects each time: not all that was imported, too
-    trainer.join_ranks(torch.device("cpu"))
+    trainer.start()
     yield
     torch.distributed.destroy_process_group()
 
@@ -75,6 +75,8 @@ def open_data(tiny, tmp_path_factory):
     """Call it with entries (paths as in train.json) and flags: the StepDataset that trainer.py trains on."""
     import torch
 
+    import dataset
+    import lora
     import trainer
 
     def open_data(entries, *flags, model=None):
@@ -91,7 +93,7 @@ def open_data(tiny, tmp_path_factory):
         )
         cpu = torch.device("cpu")
         data, _, codec, _ = trainer.open_inputs(args, cpu)
-        trainer.encode_missing(data, codec, cpu, num_workers=0)
+        dataset.encode_missing(data.code_files, lambda: lora.load_codec(codec, cpu), num_workers=0)
         return data
 
     return open_data

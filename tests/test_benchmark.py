@@ -2,7 +2,10 @@
 
 import json
 
+import torch
+
 from tests.support import launcher
+from tests.support.bounds import TINY, rounding_bound
 
 
 def test_both_ways_compute_one_loss():
@@ -10,7 +13,9 @@ def test_both_ways_compute_one_loss():
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     ours, reference = figures["ours"], figures["reference"]
-    assert abs(ours["first loss"] / reference["first loss"] - 1) < 1e-5  # float32 sums in another order
+    # Other micro-batches, and text logits at other positions: float32 sums in another order
+    assert abs(ours["first loss"] / reference["first loss"] - 1) < rounding_bound(**TINY)
     assert ours["data wait"] < 1 and ours["imbalance of 8 ranks"] < 0.08 and ours["padding"] >= 0
     for way in ("ours", "reference"):
-        assert abs(sum(figures[f"where the time goes, {way}"].values()) - 1) < 1e-6
+        shares = figures[f"where the time goes, {way}"].values()
+        assert abs(sum(shares) - 1) < rounding_bound(len(shares), dtype=torch.float64)

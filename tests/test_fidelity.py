@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from boson_multimodal.data_types import ChatMLSample
 from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
 from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
 from loguru import logger
@@ -16,6 +17,7 @@ import lora
 import trainer
 from tests.acceptance import loss_in_float64
 from tests.support.batches import CPU, micro_batches
+from tests.support.bounds import TINY, rounding_bound
 
 EOS = 1025  # of the audio stream
 SYSTEM = {"role": "system", "content": "Speak."}
@@ -79,7 +81,7 @@ def engine(tiny):
 
 def decode(engine, entry, token_ids, codes, caches):
     """Upstream's generate, forced to reply `token_ids` and `codes`: logits of each text and audio step."""
-    prompt = engine._prepare_inputs({"messages": entry["messages"][:-1]})
+    prompt = engine._prepare_inputs(ChatMLSample(entry.messages[:-1]))
     engine._prepare_kv_caches()
     reply = token_ids[prompt["input_ids"].shape[1] :]
     reply = reply[reply != engine.tokenizer.convert_tokens_to_ids("<|audio_eos|>")]  # it is never sampled
@@ -102,11 +104,10 @@ def kept(text_head):
     return outputs
 
 
-def sum_losses(text_head, outputs, batch, counts):
+def sum_losses(text_head, outputs, batch):
     """The trainer's loss sums, from a model's outputs that are there already."""
-    return trainer.LossModel.sum_losses(
-        SimpleNamespace(text_head=text_head), outputs, batch["label_audio_ids"], int(counts[0])
-    )
+    text_head.weight = getattr(text_head, "weight", torch.empty(0))
+    return trainer.LossModel.forward(SimpleNamespace(text_head=text_head, model=lambda **_: outputs), batch)
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
@@ -114,16 +115,17 @@ def sum_losses(text_head, outputs, batch, counts):
 def test_training_reads_the_logits_of_decoding(open_data, lora_model, engine, seed, cache):
     """Catches logits read one position off, another prompt or mask, a reference that only one side hears.
 
-    To 1e-4, measured 8e-6 on logits of up to 14: float32, and attention sums in another order.
+    One computes all positions at once, the other a position at a time from a cache: float32 sums in another
+    order.
     """
     data = open_data(random_entries(seed))
     model = engine.model = lora_model.get_base_model().eval()
     order = sorted(range(2), key=lambda i: -data.load_sample(i)[0])  # of the rows in the batch: longest first
-    [(batch, counts)] = micro_batches(data, order)
+    [(batch, _)] = micro_batches(data, order)
     with torch.no_grad():
         outputs = model(**batch)
         heads = kept(text_head := torch.nn.Identity())
-        sum_losses(text_head, outputs, batch, counts)
+        sum_losses(text_head, outputs, batch)
     text_read = heads[0].split((batch["label_ids"][:, 1:] != -100).sum(1).tolist())  # (text labels, vocab)
     starts = batch["audio_out_ids_start"][1:]
     codes, labels = (batch[name].tensor_split(starts, dim=1) for name in ("audio_out_ids", "label_audio_ids"))
@@ -132,7 +134,7 @@ def test_training_reads_the_logits_of_decoding(open_data, lora_model, engine, se
         for codes, labels, logits in zip(codes, labels, outputs.audio_logits.tensor_split(starts))
         if (labels != -100).any()
     ]
-    errors, after = [], []
+    errors, after, largest = [], [], max(logits.abs().max() for logits in (heads[0], outputs.audio_logits))
     for row, (i, (codes, audio_read)) in enumerate(zip(order, clips, strict=True)):  # a clip in each row
         text, audio = decode(
             engine,
@@ -141,13 +143,13 @@ def test_training_reads_the_logits_of_decoding(open_data, lora_model, engine, se
             codes,
             engine.kv_caches if cache == "static" else None,
         )
-        before = len(data.entries[i]["messages"][-1]["content"][0]["text"].encode()) + 1  # with audio_out_bos
+        before = len(data.entries[i].messages[-1].content[0].text.encode()) + 1  # with audio_out_bos
         difference = (text - text_read[row]).abs().amax(1)  # (text labels,)
         errors += [difference[:before].max().item(), (audio - audio_read[:-1]).abs().max().item()]
         # One position on, training reads what predicts <|audio_eos|>, decoding what predicts <|AUDIO_OUT|>
         after.append(difference[before + 1 :].max().item())
     print(f"{cache} cache: {max(errors):.1e}; text after the clip, for upstream's reason: {max(after):.2f}")
-    assert max(errors) < 1e-4
+    assert max(errors) < rounding_bound(**TINY, scale=largest)
 
 
 LABELLED = [
@@ -189,31 +191,32 @@ LABELLED = [
 def turns(entry):
     """(turn, whether it is trained) of a manifest entry."""
     return [
-        (turn, turn["role"] == "assistant" and i >= entry.get("start_index", 0))
-        for i, turn in enumerate(entry["messages"])
+        (turn, turn.role == "assistant" and i >= (entry.start_index or 0))
+        for i, turn in enumerate(entry.messages)
     ]
 
 
 def reply_text(entry):
     """What an entry trains as text, in upstream's markup."""
-    text, next_roles = "", [turn["role"] for turn in entry["messages"][1:]] + [None]
+    text, next_roles = "", [turn.role for turn in entry.messages[1:]] + [None]
     for (turn, trained), next_role in zip(turns(entry), next_roles):
         if trained:
-            text += turn["recipient"] + "<|recipient|>" if "recipient" in turn else ""
-            text += "".join(part.get("text", "<|audio_out_bos|><|audio_eos|>") for part in turn["content"])
+            text += turn.recipient + "<|recipient|>" if turn.recipient else ""
+            text += "".join(getattr(part, "text", "<|audio_out_bos|><|audio_eos|>") for part in turn.content)
             text += "<|eom_id|>" if next_role == "assistant" else "<|eot_id|>"
     return text
 
 
-def targets_of(model, batch, counts):
+def targets_of(model, batch):
     """What the trainer's loss asks of each position, -100 for nothing: text (B, T), audio (A, num_codebooks).
 
-    The gradient of a cross entropy is softmax - one_hot: negative at its target alone.
+    The gradient of a cross entropy is softmax - one_hot: negative at its target alone, and on any machine,
+    as a random model gives no target a probability that rounds to 1.
     """
     with torch.no_grad():
         outputs = model(**batch)
     logits = [outputs.logits.requires_grad_(), outputs.audio_logits.requires_grad_()]
-    sum_losses(torch.nn.Identity(), outputs, batch, counts).sum().backward()
+    sum_losses(torch.nn.Identity(), outputs, batch).sum().backward()
     return outputs, *(torch.where((x.grad != 0).any(-1), x.grad.argmin(-1), -100) for x in logits)
 
 
@@ -228,26 +231,26 @@ def spoken(targets):
     return columns[:, 1:-1].tolist()
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_targets_decode_to_the_assistant_turns(open_data, lora_model, batch_size):
+@pytest.mark.parametrize("max_tokens", [1, 4096])
+def test_targets_decode_to_the_assistant_turns(open_data, lora_model, max_tokens):
     """Catches a missing or double shift, a target in a prompt, a masked turn, BOS, padding or the next clip,
     a code or an end of stream that is no target, and samples kept for epoch 2 with the collator's marks.
     """
-    data = open_data(LABELLED, f"--batch_size={batch_size}")
+    data = open_data(LABELLED)
     model = lora_model.get_base_model().eval()
     clips = [
-        (part["audio_url"], trained)
+        (part.audio_url, trained)
         for entry in data.entries
         for turn, trained in turns(entry)
-        if turn["role"] == "assistant"
-        for part in turn["content"]
-        if "audio_url" in part
+        if turn.role == "assistant"
+        for part in turn.content
+        if part.type == "audio"
     ]
     said = [np.load(data.code_files[path]).tolist() if trained else None for path, trained in clips]
     for _ in ("epoch 1", "epoch 2"):
         texts, speech = [], []
-        for batch, counts in micro_batches(data, range(4)):
-            outputs, text, audio = targets_of(model, batch, counts)
+        for batch, _ in micro_batches(data, range(4), max_tokens):
+            outputs, text, audio = targets_of(model, batch)
             for targets, token_ids, mask in zip(text, outputs.expanded_input_ids, outputs.attention_mask):
                 [positions] = (targets != -100).nonzero(as_tuple=True)
                 assert torch.equal(targets[positions], token_ids[positions + 1]) and mask[positions + 1].all()
@@ -270,14 +273,17 @@ def count_labels(steps):
 
 
 def test_bf16_computes_the_loss_in_float32(tiny, open_data):
-    """Catches a cross entropy in bf16, which is off by 2e-4 here."""
+    """Catches a cross entropy in bf16, and sums of it. The logits are the same, so that a loss differs only
+    by how its labels are added.
+    """
     base = lora.load_base(tiny / "model", torch.bfloat16, CPU)
     model = trainer.LossModel(lora.attach_lora(base, 4, 8, 0.0, seed=0))
     heads = kept(model.text_head)
     [(batch, counts)] = micro_batches(open_data(LABELLED[:1]), [0])
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        outputs = model.model(**batch)
-        sums = model.sum_losses(outputs, batch["label_audio_ids"], int(counts[0]))
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model.model(**batch)
+        sums = sum_losses(model.text_head, outputs, batch)  # without autocast, which would make it float32
     labels = outputs.expanded_labels[:, 1:]
     expected = [F.cross_entropy(heads[0].double(), labels[labels != -100], reduction="sum")]
     expected += [
@@ -287,7 +293,8 @@ def test_bf16_computes_the_loss_in_float32(tiny, open_data):
         )
     ]
     assert heads[0].dtype == torch.bfloat16 and sums.dtype == torch.float32
-    assert sums.tolist() == pytest.approx([x.item() for x in expected], rel=1e-6)  # float32's precision
+    bound = rounding_bound(counts[:-2].max().item())
+    assert sums.tolist() == pytest.approx([x.item() for x in expected], rel=bound)
 
 
 def test_bf16_trains_a_float32_adapter_beside_an_unchanged_base(tiny, open_data):
@@ -297,7 +304,7 @@ def test_bf16_trains_a_float32_adapter_beside_an_unchanged_base(tiny, open_data)
     assert {parameter.dtype for parameter in frozen.values()} == {torch.bfloat16}
     model, parameters = start(lora.attach_lora(base, 4, 8, 0.0, seed=0))
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, fused=True)
-    step = open_data(LABELLED[:1])[[0]]
+    step = open_data(LABELLED[:1])[[[0]]]
     before = [parameter.clone() for parameter in parameters]
     for _ in range(2):  # A has no gradient before B has moved
         sums = trainer.compute_gradients(model, step, count_labels(step), CPU)
@@ -315,11 +322,11 @@ def test_bf16_trains_a_float32_adapter_beside_an_unchanged_base(tiny, open_data)
 def test_gradients_are_finite_differences(tiny, open_data, monkeypatch):
     """Catches a tensor detached on the way, and a wrong weight of text, codebooks or samples in the loss.
 
-    Autograd over two micro-batches against the design's formula, in NumPy, on one batch. To 1e-6, measured
-    4e-8: the weights 1/N are float32.
+    Autograd over four micro-batches against the design's formula, in NumPy, on one batch. All is in float64
+    but for the weights 1/N, which are rounded to float32 once.
     """
-    step = open_data(LABELLED, "--batch_size=2")[range(4)]
-    [(batch, _)] = micro_batches(open_data(LABELLED, "--batch_size=4"), range(4))
+    step = open_data(LABELLED)[[[i] for i in range(4)]]
+    [(batch, _)] = micro_batches(open_data(LABELLED), range(4))
     model = lora.attach_lora(lora.load_base(tiny / "model", torch.float64, "cpu"), 4, 8, 0.0, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -347,4 +354,4 @@ def test_gradients_are_finite_differences(tiny, open_data, monkeypatch):
         entry[i] = value
         errors.append(abs((above - below) / (2 * step) / gradient[i].item() - 1))
     print(f"{len(errors)} entries differ from finite differences by up to {max(errors):.1e}")
-    assert max(errors) < 1e-6
+    assert max(errors) < rounding_bound(1)

@@ -17,6 +17,7 @@ import lora
 from dataset import UserError
 from tests.support import launcher
 from tests.support.batches import micro_batches
+from tests.support.bounds import TINY, rounding_bound
 from tests.support.tiny_checkpoint import make_model
 
 WEIGHTS = "adapter_model.safetensors"
@@ -50,6 +51,10 @@ def test_the_engine_loads_what_was_merged(tiny, bf16_base, adapter, tmp_path):
     """By upstream's engine, in the base's dtype; each weight is the float32 sum, rounded once.
 
     Catches a product that is rounded to bfloat16 before it is added: it differs in about a third of them.
+    A product may differ in its last bits from ours, which is a sum of four terms at another address: where
+    the sum with the base's weight then lies between two bfloat16 numbers, it is rounded to the other one.
+    That happens to a share of eps of float32 over eps of bfloat16, times ten for other processors. Weights
+    without LoRA are copies, equal to the bit.
     """
     done = merge(bf16_base, adapter, tmp_path / "merged")
     assert done.returncode == 0, done.stderr
@@ -68,28 +73,32 @@ def test_the_engine_loads_what_was_merged(tiny, bf16_base, adapter, tmp_path):
     tensors, changed = load_file(adapter / WEIGHTS), 0
     for name, weight in engine.model.state_dict().items():
         key = f"base_model.model.{name.removesuffix('.weight')}.lora_{{}}.weight"
-        expected = base[name]
+        expected, share = base[name], 0.0
         if key.format("A") in tensors:
             product = 2 * tensors[key.format("B")] @ tensors[key.format("A")]  # alpha / r = 8 / 4
             expected, changed = (expected.float() + product).bfloat16(), changed + 1
-        assert torch.equal(weight, expected), name
+            share = 10 * torch.finfo(torch.float32).eps / torch.finfo(torch.bfloat16).eps
+        assert (weight != expected).double().mean() <= share, name
     assert changed == 20
 
 
 def test_a_float32_merge_computes_the_same(tiny, adapter, tmp_path, open_data, entries):
-    """To 1e-5, measured 3e-6 on logits of up to 14: float32 sums in another order."""
+    """The merged model has one product where base and adapter have three: sums in another order. Catches
+    a scaling of LoRA that is wrong by a hundredth.
+    """
     lora.merge(tiny / "model", adapter, tmp_path / "a/b/merged")  # what is missing of the path is made
     (tmp_path / "a/b/merged").rename(tmp_path / "merged")
     base = HiggsAudioModel.from_pretrained(tiny / "model", torch_dtype=torch.float32)
     merged = HiggsAudioModel.from_pretrained(tmp_path / "merged", torch_dtype="auto")
-    [(batch, _)] = micro_batches(open_data(entries, "--batch_size=3"), range(3))
+    [(batch, _)] = micro_batches(open_data(entries), range(3))
     with torch.no_grad():
         before = base(**batch)
         expected = PeftModel.from_pretrained(base, adapter)(**batch)
         found = merged.eval()(**batch)
     assert merged.dtype == torch.float32
     for name in ("logits", "audio_logits"):
-        assert (found[name] - expected[name]).abs().max() < 1e-5
+        bound = rounding_bound(**TINY, scale=expected[name].abs().max())
+        assert (found[name] - expected[name]).abs().max() < bound
         assert (before[name] - expected[name]).abs().max() > 0.1
 
 
@@ -104,29 +113,22 @@ def without_one(adapter):
     save_file(tensors, adapter / WEIGHTS)
 
 
-def not_finite(adapter):
-    tensors = load_file(adapter / WEIGHTS)
-    next(iter(tensors.values()))[0, 0] = torch.nan
-    save_file(tensors, adapter / WEIGHTS)
-
-
 @pytest.mark.parametrize(
     "damage, reason",
     [
         (
             lambda folder: config_with(folder, r=8),
-            r"(?s)does not fit the base: 40 .*: has shape \(4, 512\), expected \(8",
+            "size mismatch",
         ),
-        (without_one, "(?s)does not fit the base: 1 .*: is missing"),
-        (not_finite, "(?s)does not fit the base: 1 .*  base_model.*holds numbers that are not finite"),
+        (without_one, "missing adapter keys"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"damaged"), "SafetensorError"),
         (lambda folder: (folder / WEIGHTS).unlink(), "no LoRA adapter there"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "no LoRA adapter there"),
         (lambda folder: config_with(folder, peft_type="IA3"), "no LoRA adapter there"),
         (lambda folder: config_with(folder, target_modules=["nothing"]), "no LoRA adapter there"),
-        (lambda folder: config_with(folder, target_modules=["q_proj"]), "does not fit the base"),
+        (lambda folder: config_with(folder, target_modules=r".*embed_tokens"), "no LoRA adapter there"),
     ],
-    ids=range(9),
+    ids=range(8),
 )
 def test_an_adapter_that_is_damaged_or_foreign_is_refused(tiny, adapter, damage, reason):
     """Catches PEFT's own way: a tensor that is missing is a warning, and the base speaks alone."""
@@ -136,12 +138,11 @@ def test_an_adapter_that_is_damaged_or_foreign_is_refused(tiny, adapter, damage,
         lora.load_adapter(base, adapter, "unknown")
 
 
-def test_an_adapter_knows_its_base(tiny, adapter, tmp_path, recwarn):
+def test_an_adapter_knows_its_base(tiny, adapter, tmp_path):
     """Merging twice, or onto another base of the same shape, would speak noise: each weight fits."""
-    base_id = lora.base_fingerprint(tiny / "model")
+    base_id = lora.fingerprint((tiny / "model").glob("*.safetensors"))
     (adapter / "args.json").write_text(json.dumps({"base_fingerprint": base_id, "base_ckpt": "the/first"}))
     lora.merge(tiny / "model", adapter, tmp_path / "merged")
-    assert not [warning for warning in recwarn if "which base" in str(warning.message)]
     with pytest.raises(UserError, match="was trained on another base: the/first"):
         lora.merge(tmp_path / "merged", adapter, tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
@@ -149,20 +150,19 @@ def test_an_adapter_knows_its_base(tiny, adapter, tmp_path, recwarn):
     shutil.copytree(tiny / "model", tmp_path / "other")
     tensors["layers.1.audio_mlp.up_proj.weight"][0] += 1
     save_file(tensors, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
-    assert lora.base_fingerprint(tmp_path / "other") != base_id
-    with pytest.raises(UserError, match="is no model, not higgs_audio"):
+    assert lora.fingerprint((tmp_path / "other").glob("*.safetensors")) != base_id
+    (tmp_path / "other/model.safetensors").unlink()
+    with pytest.raises(UserError, match="has no .*safetensors; the download is not whole: hf download"):
+        lora.merge(tmp_path / "other", adapter, tmp_path / "none")
+    with pytest.raises(UserError, match="no config.json .an adapter is no model.; hf download"):
         lora.merge(adapter, adapter, tmp_path / "none")
-    (adapter / "args.json").unlink()
-    with pytest.warns(UserWarning, match="does not say which base it was trained on"):
-        lora.merge(tiny / "model", adapter, tmp_path / "unknown")
 
 
 def test_another_bases_adapter_is_refused_and_nothing_is_left(tmp_path, adapter):
     make_model(tmp_path / "smaller", hidden=128)
     done = merge(tmp_path / "smaller", adapter, tmp_path / "merged")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"error: --adapter {adapter} does not fit the base: 40 problem(s)" in done.stderr
-    assert "has shape (4, 512), expected (4, 256)" in done.stderr
+    assert f"error: --adapter {adapter}: no LoRA adapter there, or a damaged one" in done.stderr
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob("unfinished*"))
 
 

@@ -6,28 +6,30 @@ metrics.jsonl.
 """
 
 import json
+import shutil
 
 import pytest
 import soundfile
 import torch
 
 from tests.support import launcher, tiny_checkpoint
+from tests.support.bounds import TINY, rounding_bound
 
+POSITIONS = 1056  # of the step of the most samples, "mixed", without padding
 MOMENTUM = 0.9  # AdamW: exp_avg' = 0.9 exp_avg + 0.1 gradient
-TOKENS = ["--max_tokens", "400"]
+SPLIT, SINGLE = ["--max_tokens", "400"], ["--max_tokens", "1"]  # a few samples a micro-batch; one
 SPLITS = [  # manifest, ranks, batch_size, grad_accum, more flags; the first of each manifest is compared with
     ("mixed", 1, 8, 1, []),
-    ("mixed", 1, 2, 4, []),
-    ("mixed", 1, 1, 8, []),
-    ("mixed", 1, 8, 1, TOKENS),
+    ("mixed", 1, 2, 4, SINGLE),
+    ("mixed", 1, 8, 1, SPLIT),
     ("mixed", 2, 4, 1, []),
-    ("mixed", 2, 1, 4, []),
-    ("mixed", 2, 4, 1, TOKENS),
+    ("mixed", 2, 1, 4, SINGLE),
+    ("mixed", 2, 4, 1, SPLIT),
     ("mixed", 4, 2, 1, []),
-    ("mixed", 4, 1, 2, []),
-    ("mixed", 4, 2, 1, TOKENS),
+    ("mixed", 4, 1, 2, SINGLE),
+    ("mixed", 4, 2, 1, SPLIT),
     ("few", 1, 4, 1, []),
-    ("few", 1, 1, 4, []),
+    ("few", 1, 1, 4, SINGLE),
     ("few", 2, 2, 1, []),
     ("few", 4, 1, 1, []),
     ("text", 1, 4, 1, []),
@@ -97,15 +99,16 @@ def steps(tiny, tmp_path_factory):
     """[(split, gradients of the LoRA tensors, metrics)] of the one step that each split takes."""
     folder = tmp_path_factory.mktemp("ranks")
     write_manifests(tiny)
-    runs = {
-        1: [
-            flags(tiny, manifest, f"{folder}/{manifest}", 1, batch_size, 1, "--lr=1e-2")
-            for manifest, batch_size in (("mixed", 8), ("few", 4), ("text", 4))
-        ],
-        2: [],
-        4: [],
-    }
+    starts = [
+        flags(tiny, manifest, f"{folder}/{manifest}", 1, batch_size, 1, "--lr=1e-2")
+        for manifest, batch_size in (("mixed", 8), ("few", 4), ("text", 4))
+    ]
+    done = launcher.run("tests/support/ranks.py", json.dumps({1: starts}))
+    assert done.returncode == 0, done.stderr
+    runs = {1: [], 2: [], 4: []}
     for i, (manifest, ranks, batch_size, accumulation, more) in enumerate(SPLITS):
+        start = folder / f"start_of_{i}/checkpoint-1"
+        shutil.copytree(folder / manifest / "checkpoint-1", start)
         runs[ranks].append(
             flags(
                 tiny,
@@ -115,7 +118,7 @@ def steps(tiny, tmp_path_factory):
                 batch_size,
                 accumulation,
                 *more,
-                f"--resume_from_checkpoint={folder}/{manifest}/checkpoint-1",
+                f"--resume_from_checkpoint={start}",
             )
         )
     done = launcher.run("tests/support/ranks.py", json.dumps(runs))
@@ -145,13 +148,14 @@ def test_gradients_agree(steps):
     """Catches counts of one rank or one micro-batch in the loss's denominator, a gradient averaged where it
     should be summed, one that is not synchronised, and a sample that an idle rank trains a second time.
 
-    Each of the 40 tensors to 1e-5 of its norm. Measured up to 7e-7: float32 sums in another order.
+    Each of the 40 tensors is a float32 sum over the step's positions, of what comes forward and backward
+    through both layers. A split adds them in another order.
     """
-    worst = 0.0
+    worst, bound = 0.0, rounding_bound(POSITIONS, 2 * TINY["layers"])
     for split, (gradients, _), (expected, _) in against_first(steps):
         for mine, theirs in zip(gradients, expected, strict=True):
             error, norm = (mine - theirs).norm().item(), theirs.norm().item()
-            assert error <= 1e-5 * norm, f"{split}: {error} of {norm}"
+            assert error <= bound * norm, f"{split}: {error} of {norm}"
             worst = max(worst, error / norm if norm else 0.0)  # without a clip audio_mlp has no gradient
         assert max(gradient.norm() for gradient in gradients) > 0.1
     print(f"gradients differ by up to {worst:.1e}")
@@ -160,12 +164,12 @@ def test_gradients_agree(steps):
 def test_logged_losses_agree(steps):
     """Catches a logged loss of one rank or one micro-batch, a mean of means, NaN where a step has no clip.
 
-    To 1e-6, measured up to 3e-7 in single codebooks: they are float32 sums.
+    They are as exact as the logits, which are float32 sums, and add fewer labels than a logit has terms.
     """
-    worst = 0.0
+    worst, bound = 0.0, rounding_bound(**TINY)
     for split, (_, metrics), (_, expected) in against_first(steps):
         for name in ("loss", "text_loss", "audio_loss", "audio_loss_per_codebook"):
-            assert metrics[name] == pytest.approx(expected[name], rel=1e-6, abs=0), (split, name)
+            assert metrics[name] == pytest.approx(expected[name], rel=bound, abs=0), (split, name)
         worst = max(worst, abs(metrics["loss"] / expected["loss"] - 1))
         assert metrics["text_loss"] > 0 and (metrics["audio_loss"] > 0) == (split[0] != "text")
     print(f"losses differ by up to {worst:.1e}")

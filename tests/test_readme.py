@@ -1,6 +1,7 @@
 """The README's commands: those on the embedded default run as printed, the others must parse."""
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -10,16 +11,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import soundfile
+from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
 
+import dataset
 import lora
 import trainer
 import validate_pipeline
 from dataset import load_manifest
 from tests import acceptance
-from tests.support.tiny_checkpoint import released_config
+from tests.manual import speak
+from tests.support import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,9 +45,16 @@ def blocks(language, having):
     return [text for kind, text in BLOCKS if kind == language and having in text]
 
 
+[SIX_COMMANDS] = blocks("bash", "# 1. ")
+[RECORDINGS] = blocks("bash", "make_manifests")
+[OWN_ON_TINY] = blocks("bash", "--output_dir out_tiny")
+[SPEAK_TINY] = blocks("bash", "speak --base_ckpt tiny/merged")
+[SPEAK_OWN] = blocks("bash", "speak --base_ckpt merged")
+
+
 def test_every_block_is_known():
     """A command that no test looks at would rot: each bash block is installed, tested, run or parsed."""
-    known = ("pip install", "recordings", "tiny/", "train.json", "held_out.json", "lora.py merge")
+    known = ("pip install", "recordings", "tiny/", "train.json", "held_out.json")
     assert all(any(word in text for word in known) for kind, text in BLOCKS if kind == "bash")
 
 
@@ -52,11 +63,9 @@ def commands_for_the_released_checkpoint():
     for kind, text in BLOCKS:
         if kind == "bash" and "tiny/" not in text:
             for line in text.replace("\\\n", " ").splitlines():
-                if line.startswith("#"):
-                    continue
-                if "train.json" in line or "held_out.json" in line or "lora.py" in line:
-                    words = shlex.split(line)
-                    [script] = [word for word in words if word.endswith(".py")]
+                words = shlex.split(line)
+                script = next((word for word in words if word.endswith(".py")), None)
+                if script:
                     program, options = words[: words.index(script)], words[words.index(script) + 1 :]
                     assert program == ["python"] or program[0] == "torchrun" and script == "trainer.py"
                     yield script, options
@@ -73,72 +82,76 @@ def test_commands_for_the_released_checkpoint_parse():
             parsed.append((script, trainer.parse_args(["--output_dir=out", *options])))
     defaults = trainer.parse_args(["--train_manifest=train.json", "--output_dir=out"])
     check, train = "validate_pipeline.py", "trainer.py"
-    assert [script for script, _ in parsed] == [check, train, train, train, train, train, check]
+    assert [script for script, _ in parsed] == [check, train, train, check]
     trained = [args for script, args in parsed if script == train]
     assert all(args.resume_from_checkpoint == "auto" for args in trained)
     eight_gpus = argparse.Namespace(**{**vars(trained[0]), "resume_from_checkpoint": None})
-    assert parsed[0][1] == eight_gpus == defaults  # "the values are also the defaults"
-    assert [args.grad_accum for args in trained] == [8, 64, 4, 64, 4]
-    assert [args.gradient_checkpointing for args in trained] == [False, False, False, True, False]
-    assert all(args.save_total_limit == 10 for args in trained)  # "keeps its ten checkpoints"
-    [tried] = [line for text in blocks("bash", "tiny/") for line in text.splitlines() if "lora.py" in line]
+    assert parsed[0][1] == eight_gpus == defaults  # "its values are the defaults"
+    assert (trained[1].grad_accum, trained[1].epochs) == (4, 5)  # a row of the table: one hour
+    [tried] = [line for line in SIX_COMMANDS.splitlines() if "lora.py" in line]
     assert merge[1::2] == shlex.split(tried)[3::2]  # the same options as the one that runs below
     assert Path(merge[merge.index("--adapter") + 1]).name.startswith("checkpoint-")  # the one that was chosen
 
 
 def test_what_a_run_costs():
-    """The table of hours, steps and times is its formula's, and so are the steps told for little data."""
-    number = {"thousand": 1e3, "million": 1e6, "minutes": 60, "s": 1, "hour": 60, "hours": 60, "MB": 1}
+    """The table by minutes of speech is its formula's: entries, steps, time."""
+    seconds_per_position = 4 * 2.8e9 / (0.21 * 990e12)
+    in_minutes = {"s": 1 / 60, "minute": 1, "minutes": 1, "hour": 60, "hours": 60}
 
-    def read(cell):
-        value, _, unit = cell.partition(" ")
-        return float(value.replace(",", "")) * number.get(unit, 1)
+    def minutes(cell):
+        value, unit = cell.split(" ")
+        return float(value) * in_minutes[unit]
 
-    rows = re.findall(r"^\| (\d+ (?:minutes|hours?)) (.*) \|$", README, re.MULTILINE)
-    assert len(rows) == 4
+    rows = re.findall(r"^\| (\d+ (?:minutes|hours?)) \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) == 5
     for speech, cells in rows:
-        minutes = read(speech) / (60 if "minutes" in speech else 1)
-        samples, steps, positions, on_one, on_eight, cache = cells.strip("| ").split(" | ")
-        assert read(samples) == int(0.95 * minutes * 60 / 7.2)
-        assert read(steps) == math.ceil(2 * read(samples) / 128)
-        expected = 2 * read(samples) * 480
-        assert read(positions) == pytest.approx(expected, rel=0.02)
-        seconds = expected * 4 * 2.8e9 / (0.21 * 990e12)
-        assert read(on_one) == pytest.approx(seconds, rel=0.05)
-        if on_eight == "under 1 s":
-            assert seconds < 8
-        else:
-            assert read(on_eight) == pytest.approx(seconds / 8, rel=0.05)
-        assert read(cache) == pytest.approx(minutes * 60 * 25 * 8 * 2 / 1e6, rel=0.2)  # 16 bits a code
-    assert math.ceil(10 * 79 / 2) == 395 and "make 395 with `--grad_accum 1 --epochs 10`" in WORDS
-    assert (
-        math.ceil(5 * 475 / 8) == 297 and "makes 297 with" in WORDS and "--grad_accum 4 --epochs 5" in README
-    )
+        *numbers, flags, steps, on_one = cells.split(" | ")
+        clips, one_in, trained, held_out = [int(number.replace(",", "")) for number in numbers]
+        assert clips == pytest.approx(minutes(speech) * 60 / 7.2, rel=0.05)
+        assert held_out == math.ceil(clips / one_in) and trained == clips - held_out
+        assert 20 <= held_out <= 50 or clips == 40  # "under 20 ... chance", "at most 50 are compared"
+        options = flags.strip("`").split()
+        args = trainer.parse_args(["--train_manifest=m", "--output_dir=o", *options])
+        samples_per_step = args.batch_size * args.grad_accum
+        assert int(steps) == math.ceil(args.epochs * trained / samples_per_step)
+        seconds = int(steps) * max(dataset.LOWEST_COST, samples_per_step * 480) * seconds_per_position
+        assert minutes(on_one) == pytest.approx(seconds / 60, rel=0.05)
+    assert "**With 40 clips use `--one_in 4`**: 30 are trained, 10 are held out" in WORDS
+    assert rows[0][1].startswith("40 | 4 | 30 | 10 |")
+    assert "a step costs at least 2,000 positions' time" in WORDS and dataset.LOWEST_COST == 2000
 
 
-def test_what_a_gpu_holds():
-    """Positions and gigabytes told for GPUs of 24 and 80 GB are fit_max_tokens' and the weights' own."""
-    adapter, base = 39_452_672, 2 * 5_771_283_456  # in bfloat16
-    assert f"take {(base + 16 * adapter) / 1e9:.1f} GB of a GPU" in WORDS
-    shape = SimpleNamespace(numel=lambda: adapter, requires_grad=True)
-    model = SimpleNamespace(config=released_config(), parameters=lambda: [shape])
+def test_sizes():
+    """Memory and cache are those of the released shape."""
+    parameters, adapter = 5_771_283_456, 39_452_672
+    # The base in bfloat16; the adapter, its gradient and AdamW's two moments in float32
+    told = re.search(r"Base, adapter and AdamW take ([\d.]+) GB", WORDS)
+    assert float(told[1]) == pytest.approx((2 * parameters + 16 * adapter) / 1e9, abs=0.05)
+    text_config = tiny_checkpoint.released_config().text_config
+    layers, hidden = text_config.num_hidden_layers, text_config.hidden_size
+    position = re.search(r"a position ([\d.]+) MB \(([\d.]+) with `--gradient_checkpointing`\)", WORDS)
+    assert float(position[1]) == pytest.approx((8 + 64 * layers) * hidden / 1e6, abs=0.05)
+    assert float(position[2]) == pytest.approx((71 + 2 * layers) * hidden / 1e6, abs=0.05)
+    label = re.search(
+        r"a trained text token ([\d.]+) MB", WORDS
+    )  # logits in bfloat16 and float32, twice each
+    assert float(label[1]) == pytest.approx(14 * text_config.vocab_size / 1e6, abs=0.05)
+    for positions, gigabytes in ((8192, 60), (4096, 36), (1024, 18)):
+        needed = float(told[1]) + positions * (float(position[1]) + float(label[1]) / 5) / 1e3
+        assert (
+            needed == pytest.approx(gigabytes, abs=0.6)
+            and f"{positions:,}" in WORDS
+            and f"{gigabytes}" in WORDS
+        )
+    assert "(36 GB)" in WORDS and "(18)" in WORDS
+    cache = re.search(r"Codes take ([\d.]+) MB an hour", WORDS)
+    assert float(cache[1]) == pytest.approx(3600 * 25 * 8 * 2 / 1e6, abs=0.05)  # 16 bits a code
 
-    def positions(gigabytes, *flags):
-        args = trainer.parse_args(["--train_manifest=train.json", "--output_dir=out", *flags])
-        return lora.fit_max_tokens(args, model, gigabytes * 2**30 - 0.8e9 - base - 4 * adapter)
 
-    told = "1,024 positions (40 s) on 24 GB, 8,192 on 80 GB, and 16,384, the most, on either with that flag"
-    assert told in WORDS and 1024 // 25 == 40
-    assert (positions(24), positions(80)) == (1024, 8192)
-    assert {positions(size, "--gradient_checkpointing") for size in (24, 80)} == {16_384}
-
-
-def test_the_pins_are_those_of_the_trainer():
-    """The listening script names the revisions that the names on the hub mean here, and both of the base."""
-    [script] = blocks("python", "HiggsAudioServeEngine")
-    named = re.findall(r'hub\("(.+?)", revision="(.+?)"\)', script)
-    assert len(named) == 2 and all(lora.REVISIONS[name] == revision for name, revision in named)
-    assert all(f"bosonai/higgs-{name}" in README for name in ("tts-2-3b-base", "audio-v2-generation-3B-base"))
+def test_the_names_on_the_hub():
+    """Both names of the base mean the pinned revision, and speak.py's defaults are the pinned names."""
+    for name in ("bosonai/higgs-tts-2-3b-base", "bosonai/higgs-audio-v2-generation-3B-base"):
+        assert name in README and lora.REVISIONS[name] == lora.REVISIONS[lora.BASE]
 
 
 def test_the_manifest_is_one(tiny):
@@ -164,8 +177,7 @@ def run_in(folder, environment, *command):
 def step_by_step(clone):
     """What the blocks on the tiny checkpoint print, run in the order of the README, in one shell."""
     folder, environment = clone
-    [commands] = blocks("bash", "tiny/")
-    return run_in(folder, environment, "bash", "-e", "-c", commands)
+    return run_in(folder, environment, "bash", "-e", "-c", SIX_COMMANDS)
 
 
 def test_the_embedded_default_passes_trains_and_is_compared(clone, step_by_step):
@@ -179,10 +191,9 @@ def test_the_embedded_default_passes_trains_and_is_compared(clone, step_by_step)
     assert lines[end - 1].startswith(
         f"pass  {ROWS[-1]}: 100.0%, 100.0%, 100.0% of the codes are the target's; 3 of 3"
     )
-    [command] = [text for text in blocks("bash", "torchrun --nproc_per_node=8") if "tiny" not in text]
+    [command] = blocks("bash", "torchrun --nproc_per_node=8")
     assert command.startswith("\n".join(lines[end + 2 : end + 5]))  # and resumes, besides
     for line in (
-        "reference   heard, in turns of: user",
         "replies     3 of clip first: any engine speaks them",
         "ready for trainer.py with the same options",
         "losses of 3 entries, teacher-forced:",
@@ -209,8 +220,8 @@ def test_each_line_of_the_preflight_is_explained(step_by_step):
     lines = step_by_step.stdout.replace("device: ", "device      ").splitlines()
     printed = [line[:12].strip() for line in lines if line[11:12] == " "]
     printed = [name for name in dict.fromkeys(printed) if name in names or name in ("device", "8 GPU(s)")]
-    assert names[-1] == "worth a look"  # only where there is something
-    assert printed == names[:-1]
+    names.remove("worth a look")  # its line is longer
+    assert printed == names and "worth a look, though all of it would train: 0" in step_by_step.stdout
 
 
 def test_figures_of_the_run(clone, step_by_step):
@@ -234,26 +245,72 @@ def make_hub(tiny):
         (snapshots / revision).symlink_to(tiny / ("codec" if name == lora.CODEC else "model"))
 
 
+def test_the_script_has_the_pages_values():
+    """Its defaults are upstream's and the trainer's, as on the page; the README prints them."""
+    upstream = inspect.signature(HiggsAudioServeEngine.generate).parameters
+    script = speak.parse_args(["--manifest=held_out.json"])
+    assert (script.temperature, script.top_p) == (upstream["temperature"].default, upstream["top_p"].default)
+    assert script.seed == trainer.parse_args(["--train_manifest=m", "--output_dir=o"]).seed
+    assert (script.base_ckpt, script.audio_tokenizer) == (lora.BASE, lora.CODEC)
+    printed = speak.parse_args(shlex.split(SPEAK_OWN.splitlines()[1])[3:])
+    assert vars(printed) == vars(script) | {"adapter": "out/checkpoint-300"}
+
+
 def test_the_answer_is_heard(clone, step_by_step):
-    """The listening script: upstream's engine on the merged folder; 30 frames are 1.2 s. Then, as its
-    comments say, from the hub's names with the adapter unmerged: the same.
-    """
+    """speak.py as printed, in a shell that knows nothing of tiny's HuBERT: the sound of the page."""
     folder, environment = clone
-    hub = {"HF_HOME": f"{folder}/tiny/huggingface", "HF_HUB_OFFLINE": "1"}
-    [script] = blocks("python", "HiggsAudioServeEngine")
-    make_hub(folder / "tiny")
-    name = re.compile(r"^(model|codec|adapter|manifest) = \S+  # (?:.*; or )?(.*)$", re.MULTILINE)
-    assert [found[1] for found in name.finditer(script)] == ["model", "codec", "adapter", "manifest"]
-    own = name.sub(r"\1 = \2", script)
-    for theirs, ours in (("out/checkpoint-300", "tiny/adapter/checkpoint-60"), ("held_out", "tiny/train")):
-        assert own.count(theirs) == 1
-        own = own.replace(theirs, ours)
-    assert own.count(" = hub(") == 2 and "tiny/merged" not in own
-    done = run_in(folder, environment | hub, sys.executable, "-c", script + own)
+    done = run_in(folder, environment, "bash", "-e", "-c", SPEAK_TINY)
     assert done.returncode == 0, done.stderr
-    merged, unmerged = [line for line in done.stdout.splitlines() if line.startswith("answer.wav has ")]
-    assert merged == unmerged and merged.startswith("answer.wav has 1.2 s: <|audio_out_bos|>")
-    assert (folder / "answer.wav").stat().st_size > 24_000
+    assert done.stdout.startswith("answer.wav has 1.2 s: <|audio_out_bos|>")
+    page = folder / "tiny/listen/0-checkpoint-60.wav"
+    assert (folder / "answer.wav").read_bytes() == page.read_bytes()
+
+
+def test_the_wanted_text_is_said(clone, step_by_step):
+    """With --text the first entry's voice says the third's text; its clip has 1.0 s."""
+    folder, environment = clone
+    [option] = re.findall(r'With `(--text ".+?")` the voice', WORDS)
+    done = run_in(folder, environment, "bash", "-e", "-c", f"{SPEAK_TINY.strip()} {option} --output said.wav")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("said.wav has 1.0 s: <|audio_out_bos|>")
+
+
+def test_an_own_model_is_heard_by_the_hubs_names(clone, step_by_step):
+    """The last two commands on tiny's files under the user's names: merged and unmerged, the same sound."""
+    folder, environment = clone
+    make_hub(folder / "tiny")
+    (folder / "merged").symlink_to("tiny/merged")
+    (folder / "held_out.json").write_text((folder / "tiny/train.json").read_text())
+    (folder / "clips").symlink_to("tiny/clips")
+    (folder / "out").mkdir()
+    (folder / "out/checkpoint-300").symlink_to(folder / "tiny/adapter/checkpoint-60")
+    hub = {"HF_HOME": f"{folder}/tiny/huggingface", "HF_HUB_OFFLINE": "1"}
+    answers = []
+    for command in SPEAK_OWN.splitlines():
+        (folder / "answer.wav").unlink(missing_ok=True)
+        done = run_in(folder, environment | hub, "bash", "-e", "-c", command)
+        assert done.returncode == 0, done.stderr
+        answers.append((folder / "answer.wav").read_bytes())
+    assert answers == [(folder / "tiny/listen/0-checkpoint-60.wav").read_bytes()] * 2
+
+
+def test_own_recordings_on_the_tiny_model(clone, step_by_step):
+    """From recordings to a merged model, with the commands as printed, in the shell of the six."""
+    folder, environment = clone
+    (folder / "recordings").mkdir()
+    lines = []
+    for i, text in enumerate(tiny_checkpoint.TEXTS * 2):
+        wave = tiny_checkpoint.speech_like(1.0 + i / 10, seed=i)
+        soundfile.write(folder / f"recordings/{i}.wav", wave, tiny_checkpoint.SAMPLE_RATE)
+        lines.append(f"{i}.wav|{text} {i}")
+    (folder / "recordings/metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    [shell] = [line for line in SIX_COMMANDS.splitlines() if line.startswith("export ")]
+    done = run_in(folder, environment, "bash", "-e", "-c", "\n".join([shell, RECORDINGS, OWN_ON_TINY]))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert "entries     3 (3 with start_index), 3 distinct clips" in lines
+    assert "ready for trainer.py with the same options" in lines
+    assert (folder / "listen/index.html").exists() and (folder / "merged_tiny/config.json").exists()
 
 
 def test_a_failed_check_is_named(monkeypatch, tmp_path):

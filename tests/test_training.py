@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import dataset
 import lora
 import trainer
 from tests.manual import benchmark
-from tests.support import launcher, tiny_checkpoint
+from tests.support import launcher
 from tests.support.batches import CPU, micro_batches
 from tests.support.tiny_checkpoint import make_config
 
@@ -77,8 +76,8 @@ def test_only_the_trained_reply_is_labelled(open_data, name, text, clips):
 
 def test_counts_are_those_of_the_forward(open_data, lora_model):
     """Catches a count taken on labels that upstream's merge moves or drops; and wrong position figures."""
-    data = open_data(list(LAYOUTS.values()), "--batch_size=3")
-    for batch, counts in micro_batches(data, list(range(len(LAYOUTS)))):
+    data = open_data(list(LAYOUTS.values()))
+    for batch, counts in micro_batches(data, list(range(len(LAYOUTS))), 300):
         outputs = lora_model(**batch)
         assert counts[0] == (outputs.expanded_labels[:, 1:] != -100).sum()
         assert counts[-1] == outputs.logits[..., 0].numel()
@@ -96,8 +95,11 @@ def count_saved(*arguments):
 def test_checkpointing_changes_memory_alone(tiny, open_data, entries, precision):
     """--gradient_checkpointing: the same gradients, bit for bit, of a fifth of the saved numbers; and in
     bfloat16 fewer than with PEFT's own casts, which make a copy of its input for each projection.
+
+    Bit for bit on any machine: what was not saved is computed again from the same inputs, by the same
+    operations on the same shapes, in one process.
     """
-    [(batch, counts)] = micro_batches(open_data(entries, "--batch_size=3"), range(3))
+    [(batch, counts)] = micro_batches(open_data(entries), range(3))
     gradients, kept = [], []
     for flags in ([], ["--gradient_checkpointing"]):
         args = trainer.parse_args(
@@ -156,7 +158,8 @@ def run(tiny, out, *flags):
         *flags,
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return list({line["step"]: line for line in lines}.values())  # a later line of a step supersedes
 
 
 def test_every_layout_trains(tiny, tmp_path):
@@ -193,12 +196,13 @@ def test_every_layout_trains(tiny, tmp_path):
         "samples_per_s",
         "tokens_per_s",
         "padding",
-        "data_wait",
         "max_memory_gb",
     }
     assert step["step"] == 1 and step["epoch"] == 1.0 and len(step["audio_loss_per_codebook"]) == 8
     assert np.isfinite([step["loss"], step["grad_norm"]]).all() and 0 <= step["padding"] < 0.5
-    assert step["loss"] == pytest.approx(step["text_loss"] + np.mean(step["audio_loss_per_codebook"]))
+    audio_loss = np.mean(step["audio_loss_per_codebook"])  # of eight: rounded in float64 as often
+    rounding = 10 * 8 * np.finfo(np.float64).eps
+    assert step["loss"] == pytest.approx(step["text_loss"] + audio_loss, rel=rounding)
     board = EventAccumulator(str(tmp_path / "runs")).Reload().Tags()
     curves = set(step) - {"step", "audio_loss_per_codebook"} | {f"codebook_{k}" for k in range(8)}
     assert set(board["scalars"]) == curves and not board["histograms"] and not board["images"]
@@ -211,7 +215,11 @@ def test_every_layout_trains(tiny, tmp_path):
 
 
 def test_a_resumed_run_ends_where_the_straight_one_does(tiny, tmp_path):
-    """Bit for bit, with dropout: catches an optimizer, schedule or order that starts anew. Prunes, too."""
+    """Bit for bit, with dropout: catches an optimizer, schedule or order that starts anew.
+
+    Both runs are the same program on the same machine, with as many threads and micro-batches of the same
+    shapes: a difference in the last bit is a state that was not kept.
+    """
     flags = [
         "--train_manifest",
         tiny / "train.json",
@@ -223,14 +231,10 @@ def test_a_resumed_run_ends_where_the_straight_one_does(tiny, tmp_path):
         1,
         "--grad_accum",
         2,
-        "--save_total_limit",
-        2,
         "--lr",
         "1e-2",
     ]
     straight = run(tiny, tmp_path / "straight", *flags)
-    kept = sorted(path.name for path in tmp_path.glob("straight/checkpoint-*"))
-    assert kept == ["checkpoint-4", "checkpoint-6"]
     shutil.copytree(tmp_path / "straight/checkpoint-4", tmp_path / "resumed/checkpoint-4")
     shutil.copy(tmp_path / "straight/metrics.jsonl", tmp_path / "resumed")  # steps 5 and 6 are done again
     resumed = run(tiny, tmp_path / "resumed", *flags, "--resume_from_checkpoint", "auto")
@@ -241,27 +245,26 @@ def test_a_resumed_run_ends_where_the_straight_one_does(tiny, tmp_path):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize(
-    "gigabytes, flags, expected",
-    [
-        (80 - 12.1, [], 8192),
-        (24 - 12.1, [], 1024),
-        (24 - 12.1, ["--lora_dropout=0"], 2048),
-        (24 - 12.1, ["--gradient_checkpointing"], 16_384),
-        (1000, [], 16_384),
-    ],
-)
-def test_max_tokens_fit_the_free_memory(gigabytes, flags, expected):
-    """On a GPU, of the released shape: what the README says of 80 and 24 GB, less base, adapter and AdamW."""
-    args = trainer.parse_args(["--train_manifest=a", "--output_dir=b", *flags])
-    model = SimpleNamespace(config=tiny_checkpoint.released_config(), parameters=list)
-    assert lora.fit_max_tokens(args, model, gigabytes * 1e9) == expected
+def test_each_sample_is_trained_once_an_epoch_in_the_seeds_order(tiny, tmp_path, monkeypatch):
+    """Catches a last step that is filled up from its own epoch, one order for all epochs, and a resumed run
+    that starts its epoch again.
+    """
+    steps, read = [], dataset.StepDataset.__getitem__
 
+    def note(data, plan):
+        steps.append(sorted(sum(plan, [])))
+        return read(data, plan)
 
-def test_estimated_lengths_are_near(open_data, entries):
-    """Clips to the position, text by a third of its bytes; the tiny tokenizer has a token for each byte."""
-    data = open_data([*entries, LAYOUTS["text only"]])
-    for i, estimate in enumerate(dataset.estimate_lengths(data)):
-        texts = [part.get("text", "") for turn in data.entries[i]["messages"] for part in turn["content"]]
-        not_counted = 2 / 3 * sum(len(text.encode()) for text in texts)
-        assert estimate + not_counted == pytest.approx(data.load_sample(i)[0], abs=32)
+    monkeypatch.setattr(dataset.StepDataset, "__getitem__", note)
+    monkeypatch.setattr(trainer, "start", lambda: CPU)
+    monkeypatch.setattr(trainer.signal, "signal", lambda *_: None)
+    texts = [{"messages": LAYOUTS["text only"]["messages"]}] * 5
+    (tmp_path / "train.json").write_text(json.dumps(texts))
+    flags = [f"--train_manifest={tmp_path}/train.json", f"--base_ckpt={tiny}/model", "--batch_size=2"]
+    flags += [f"--audio_tokenizer={tiny}/codec", f"--output_dir={tmp_path}/out", "--grad_accum=1"]
+    flags += ["--num_workers=0", "--save_steps=1", "--resume_from_checkpoint=auto"]
+    for max_steps in (3, 5):
+        trainer.train(trainer.parse_args([*flags, f"--max_steps={max_steps}"]))
+    orders = [np.random.default_rng((42, epoch)).permutation(5) for epoch in (0, 1)]
+    expected = np.concatenate(orders).reshape(5, 2)
+    assert steps[1:4] + steps[5:] == [sorted(step) for step in expected.tolist()]

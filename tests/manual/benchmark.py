@@ -35,7 +35,7 @@ import dataset  # noqa: E402
 import lora  # noqa: E402
 import trainer  # noqa: E402
 from tests.support import tiny_checkpoint  # noqa: E402
-from tests.support.batches import micro_batches  # noqa: E402
+from tests.support.batches import micro_batches, plan_of  # noqa: E402
 
 SHAPES = {"tiny": {}, "medium": dict(hidden=512, layers=8, vocab_size=128_256), "released": None}
 
@@ -73,8 +73,11 @@ def make_samples(folder, count, seed=0):
             clips[name] = file
         text = 2 * tiny_checkpoint.TEXTS[0] * int(rng.integers(2, 5))
         entries.append(tiny_checkpoint.voice_cloning_entry(text, f"reference{i}", f"target{i}"))
-        for turn in entries[-1]["messages"]:
-            turn["content"] = dataset.list_parts(turn["content"])
+    entries = dataset.MANIFEST.validate_json(json.dumps(entries))
+    for entry in entries:
+        dataset.complete_in_place(
+            entry, ""
+        )  # which makes contents lists; that the clips have no file is right
     return entries, clips
 
 
@@ -186,8 +189,11 @@ def imbalance(args, ranks=8):
     rng = np.random.default_rng(1)
     lengths = 25 * (rng.triangular(2, 12, 16, 12_800) + rng.uniform(3, 8, 12_800)) + 120
     lengths, size = lengths.astype(int).tolist(), 16 * ranks
-    steps = [dataset.samples_of_step(step, len(lengths), size, args.seed) for step in range(100)]
-    shares = [dataset.split_over_ranks(samples, lengths, ranks) for samples in steps]
+    steps = [
+        sorted(samples.tolist(), key=lengths.__getitem__)[::-1]
+        for samples in rng.permutation(12_800).reshape(100, size)
+    ]
+    shares = [dataset.split_evenly(samples, lengths, ranks) for samples in steps]
     loads = np.array([[sum(lengths[i] for i in share) for share in step] for step in shares])
     return float((loads.max(1) / loads.mean(1)).mean() - 1)
 
@@ -200,9 +206,7 @@ def open_data(args, shape, folder, count, device, layers=28):
     return dataset.StepDataset(
         *make_samples(folder, count),
         tokenizer,
-        dataset.build_collator([], config, "auto"),
-        args.batch_size,
-        args.max_tokens,
+        dataset.build_collator([], config),
     )
 
 
@@ -215,7 +219,7 @@ def forward_saving(model, batch, counts):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = model(batch, int(counts[0]))
+        losses = model(batch)
     return losses, saved.values()
 
 
@@ -245,11 +249,8 @@ def prepare(args, shape, folder, device):
     count, rank = args.batch_size * args.grad_accum, dist.get_rank()
     data = open_data(args, shape, folder, count * dist.get_world_size(), device)
     mine = list(range(rank * count, (rank + 1) * count))
-    plain = dataset.StepDataset(
-        data.entries, data.code_files, data.tokenizer, data.collator, args.batch_size, max_tokens=0
-    )
     in_order = [mine[i : i + args.batch_size] for i in range(0, count, args.batch_size)]
-    return data, mine, [micro_batch for indices in in_order for micro_batch in plain[indices]]
+    return data, mine, data[in_order]
 
 
 def distribute(model):
@@ -273,17 +274,16 @@ def our_steps(args, data, mine, device, waits):
     """(a step as trainer.train takes it, what of it is not forward and backward, the text head's width)."""
     adapter = lora.build_model(args, Path(args.base_ckpt), device)
     optimizer, schedule = trainer.build_optimizer(adapter, args, 10**6, {"step": 0})
-    data.max_tokens = trainer.choose_max_tokens(args, adapter, {"step": 0}, device)
-    model = distribute(trainer.LossModel(adapter))
     lengths = [data.load_sample(i)[0] for i in range(len(data.entries))]
-    trainer.run_largest(model, optimizer, data, lengths, device)
-    steps = dataset.in_workers(lambda step: data[mine], range(1000), args.num_workers)
+    model, _, _ = trainer.wrap_in_ddp(adapter, data, lengths, args.max_tokens, device)
+    plan = plan_of(data, mine, args.max_tokens)
+    steps = iter(dataset.in_workers(lambda step: data[plan], range(1000), args.num_workers))
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=device)
 
     def step():
         began = time.perf_counter()
-        micro_batches = trainer.on_all_ranks(next, steps)
+        micro_batches = next(steps)
         waits.append(time.perf_counter() - began)
         counts = torch.tensor(sum(counts for _, counts in micro_batches))
         dist.all_reduce(counts)
@@ -335,8 +335,7 @@ def summary(runs, num_samples):
 
 def measure(args, shape, repetitions, folder):
     """{way: {figure: value}} of one optimizer step; ours and, on one rank, the reference, alternating."""
-    device = trainer.choose_device()
-    trainer.join_ranks(device)
+    device = trainer.start()
     world_size = dist.get_world_size()
     data, mine, obvious = prepare(args, shape, folder, device)
     waits = []

