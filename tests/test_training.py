@@ -268,3 +268,15 @@ def test_each_sample_is_trained_once_an_epoch_in_the_seeds_order(tiny, tmp_path,
     orders = [np.random.default_rng((42, epoch)).permutation(5) for epoch in (0, 1)]
     expected = np.concatenate(orders).reshape(5, 2)
     assert steps[1:4] + steps[5:] == [sorted(step) for step in expected.tolist()]
+
+
+def test_the_first_step_of_the_warm_up_learns():
+    """Catches the library's own first rate of 0: where a single step warms up, that step was lost."""
+    args = trainer.parse_args(["--train_manifest=a", "--output_dir=b", "--warmup_ratio=0.03"])
+    optimizer, schedule = trainer.build_optimizer(torch.nn.Linear(2, 2), args, 40, {"step": 0})
+    rates = []
+    for _ in range(40):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:2] == [args.lr / 2, args.lr] and min(rates) > 0
