@@ -136,7 +136,7 @@ def code_files(entries: list[ChatMLSample], cache: Path, codec_id: str) -> dict[
     """{path of a clip: file of its codes}. A clip that changes, or another codec, gets another file."""
     files = {}
     for entry in entries:
-        for path in clips_of(entry):
+        for path in [path for path in clips_of(entry) if path not in files]:
             status = os.stat(path)
             identity = [codec_id, os.path.realpath(path), status.st_size, status.st_mtime_ns]
             files[path] = cache / f"{hashlib.sha256(repr(identity).encode()).hexdigest()}.npy"

@@ -147,14 +147,15 @@ def compute_gradients(model, micro_batches: list, label_counts: torch.Tensor, de
     return sums
 
 
-def wrap_in_ddp(adapter, data: dataset.StepDataset, lengths: list[int], max_tokens: int, device) -> tuple:
+def wrap_in_ddp(adapter, data: dataset.StepDataset, lengths: list[int], args, device) -> tuple:
     """(DDP around the adapter's LossModel, the largest micro-batch, its counts), after a try of that one.
 
     `lengths` are the entries' positions. Raises UserError where memory runs out: now, and not hours later.
     """
     # All ranks drew the same adapter: init_sync would send the whole frozen base
     model = DDP(LossModel(adapter), broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
-    copies = [max(1, max_tokens // length) for length in lengths]  # how often each entry fits in
+    most = min(args.max_tokens, args.batch_size * args.grad_accum * dist.get_world_size() * max(lengths))
+    copies = [max(1, most // length) for length in lengths]  # how often each entry fits in
     largest = max(range(len(lengths)), key=lambda i: copies[i] * lengths[i])
     [(batch, counts)] = data[[[largest] * copies[largest]]]
     what = f"memory runs out with {copies[largest]} times entry {largest}, of {lengths[largest]} positions"
@@ -214,8 +215,7 @@ def train(args: argparse.Namespace) -> int:  # noqa: C901, as it is one story
 
     # Workers start before the first backward pass: a fork after NCCL's start can fail on InfiniBand
     steps = iter(dataset.in_workers(load_step, range(state["step"], total_steps), args.num_workers))
-    most = min(args.max_tokens, samples_per_step * max(lengths))
-    model, _, _ = wrap_in_ddp(adapter, data, lengths, most, device)
+    model, _, _ = wrap_in_ddp(adapter, data, lengths, args, device)
     optimizer, schedule = build_optimizer(adapter, args, total_steps, state)
     stop = []  # no threading.Event: a signal in the handler of another could wait for its lock for ever
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # Slurm can send SIGUSR1 before its end

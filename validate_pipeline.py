@@ -111,7 +111,8 @@ def find_odd_texts(entries: list[ChatMLSample], frames: dict[str, int]) -> list[
             found.append(f"  entry {i}: its text has {what}")
         if spoken:
             characters = sum(len(words) for paths, words, _ in targets if paths)
-            rates[i] = characters / (sum(frames[path] for path in spoken) / FRAME_RATE)
+            seconds = sum(frames[path] for path in spoken) / FRAME_RATE
+            rates[i] = characters / seconds
     rates = pd.Series(rates, dtype=float)
     usual = rates.median()
     for i, rate in rates[(rates < usual / 3) | (rates > usual * 3)].items():
@@ -136,8 +137,7 @@ def time_largest(args, data, base: Path, lengths: list[int], device: torch.devic
     """Run the largest micro-batch, and report it. Returns the seconds that a padded position takes."""
     adapter = lora.build_model(args, base, device)
     report("trainable", f"{adapter.get_nb_trainable_parameters()[0]:,} parameters")
-    most = min(args.max_tokens, args.batch_size * args.grad_accum * max(lengths))
-    model, batch, counts = trainer.wrap_in_ddp(adapter, data, lengths, most, device)
+    model, batch, counts = trainer.wrap_in_ddp(adapter, data, lengths, args, device)
     for _ in range(2):  # the second is timed, which waits for nothing that a GPU still has to do
         began = time.perf_counter()
         trainer.compute_gradients(model, [(batch, counts)], torch.from_numpy(counts[:-2]), device).cpu()

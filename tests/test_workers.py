@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_the_largest_micro_batch_fills_the_limit(open_data, lora_model):
     data = open_data(64 * [{"messages": entry}])
     length = data.load_sample(0)[0]
     for limit in (1, 1024):
-        _, _, counts = trainer.wrap_in_ddp(
-            copy.deepcopy(lora_model), data, 64 * [length], limit, torch.device("cpu")
-        )
+        args = SimpleNamespace(max_tokens=limit, batch_size=64, grad_accum=1)
+        model, lengths = copy.deepcopy(lora_model), 64 * [length]
+        _, _, counts = trainer.wrap_in_ddp(model, data, lengths, args, torch.device("cpu"))
         assert counts[-1] == max(1, limit // length) * length

@@ -275,7 +275,7 @@ def our_steps(args, data, mine, device, waits):
     adapter = lora.build_model(args, Path(args.base_ckpt), device)
     optimizer, schedule = trainer.build_optimizer(adapter, args, 10**6, {"step": 0})
     lengths = [data.load_sample(i)[0] for i in range(len(data.entries))]
-    model, _, _ = trainer.wrap_in_ddp(adapter, data, lengths, args.max_tokens, device)
+    model, _, _ = trainer.wrap_in_ddp(adapter, data, lengths, args, device)
     plan = plan_of(data, mine, args.max_tokens)
     steps = iter(dataset.in_workers(lambda step: data[plan], range(1000), args.num_workers))
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]

@@ -260,6 +260,17 @@ def tell_unused(unused):
         print(f"{len(lines):6} not used, {reason}: line {', '.join(numbers[:20])}{more}{file}")
 
 
+def tell_unnamed(folder, clips, unused):
+    """Print the clips in the folder that no line of the table names; at most 20."""
+    in_lines = [file for _, file, *_ in clips] + [file for lines in unused.values() for _, file in lines]
+    named = {Path(file).name for file in in_lines}
+    sounds = [
+        file.name for file in sorted(folder.iterdir()) if file.suffix in (".wav", ".flac", ".ogg", ".mp3")
+    ]
+    for name in [name for name in sounds if name not in named][:20]:
+        print(f"       in the folder, but in no line: {name}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder that holds metadata.csv and the clips")
@@ -280,16 +291,7 @@ def main():
     manifests = make_entries(clips, args.one_in, args.system, unused)
     tell_speakers(clips)
     tell_unused(unused)
-    named = {Path(file).name for _, file, *_ in clips} | {
-        Path(file).name for lines in unused.values() for _, file in lines
-    }
-    files = [
-        file.name
-        for file in sorted(args.folder.iterdir())
-        if file.suffix in (".wav", ".flac", ".ogg", ".mp3")
-    ]
-    for name in [name for name in files if name not in named][:20]:
-        print(f"       in the folder, but in no line: {name}")
+    tell_unnamed(args.folder, clips, unused)
     train, held_out = (len(entries) for entries in manifests.values())
     print(f"{train + held_out:6} entries: {train} in train.json, {held_out} in held_out.json")
     print(f"{train + held_out + sum(map(len, unused.values())):6} lines in all; the second layout")
