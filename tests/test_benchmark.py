@@ -15,7 +15,9 @@ def test_both_ways_compute_one_loss():
     ours, reference = figures["ours"], figures["reference"]
     # Other micro-batches, and text logits at other positions: float32 sums in another order
     assert abs(ours["first loss"] / reference["first loss"] - 1) < rounding_bound(**TINY)
-    assert ours["data wait"] < 1 and ours["imbalance of 8 ranks"] < 0.08 and ours["padding"] >= 0
+    assert ours["data wait"] >= 0 and ours["padding"] >= 0
+    # Of whole numbers, which every processor adds alike; over draws its mean is 0.036, its deviation 0.001
+    assert ours["imbalance of 8 ranks"] < 0.045
     for way in ("ours", "reference"):
         shares = figures[f"where the time goes, {way}"].values()
         assert abs(sum(shares) - 1) < rounding_bound(len(shares), dtype=torch.float64)

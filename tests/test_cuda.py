@@ -97,12 +97,12 @@ def assert_first_steps_agree(metrics, expected):
     """A step in bfloat16 and one in float32. Products are added in float32 and rounded to bfloat16 once, so
     that a label's loss is off by eps of bfloat16 times the logits' standard deviation, which is 3
     (tiny_checkpoint.make_model), times the layers. Means of more labels are off by a root of their number
-    less: each of the four replies has 3 of text, and 8 codebooks in 8 or 6 columns.
+    less: the four replies have the same 3 of text, and 8 codebooks in 8 or 6 columns.
     """
-    for name, labels in (("text_loss", 4 * 3), ("audio_loss", 8 * (2 * 8 + 2 * 6))):
+    for name, labels in (("text_loss", 3), ("audio_loss", 8 * (2 * 8 + 2 * 6))):
         bound = rounding_bound(1, LAYERS, scale=3, dtype=torch.bfloat16) / math.sqrt(labels)
         assert metrics[0][name] == pytest.approx(expected[0][name], abs=bound), name
-    bound = rounding_bound(1, LAYERS, dtype=torch.bfloat16) / math.sqrt(4 * 3)
+    bound = rounding_bound(1, LAYERS, dtype=torch.bfloat16) / math.sqrt(3)
     assert metrics[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=bound)
 
 
@@ -186,7 +186,8 @@ def test_host_waits_of_a_micro_batch(programs):
 
 def test_comparison(programs):
     """Losses of base and adapter; upstream's engine speaks as the adapter, and captures no CUDA graph."""
-    programs.on_cpu.result()
+    # So well learned that what is drawn at a temperature of 0.7 is the target, to its end
+    assert programs.on_cpu.result()[-1]["loss"] < 0.05
     flags = [*programs.inputs, f"--output_dir={programs.folder}/listen"]
     told, _ = programs.run(
         "comparison", "validate_pipeline.py", *flags, "--adapter", programs.folder / "float32"

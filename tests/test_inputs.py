@@ -242,7 +242,7 @@ def test_a_rank_that_fails_alone_ends_the_job(tiny, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 1 and done.stderr.count("error: entry 30 is bad") == 1
 

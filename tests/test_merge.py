@@ -99,7 +99,8 @@ def test_a_float32_merge_computes_the_same(tiny, adapter, tmp_path, open_data, e
     for name in ("logits", "audio_logits"):
         bound = rounding_bound(**TINY, scale=expected[name].abs().max())
         assert (found[name] - expected[name]).abs().max() < bound
-        assert (before[name] - expected[name]).abs().max() > 0.1
+        # A hundredth of what the adapter adds would then show
+        assert (before[name] - expected[name]).abs().max() > 100 * bound
 
 
 def config_with(adapter, **settings):

@@ -117,9 +117,12 @@ def test_slowest_of_8_ranks_computes_8_percent_more_than_its_share(distribution,
     assert slowest_rank(make_lengths(distribution), 8, 128, max_tokens) <= 1.09
 
 
-@pytest.mark.parametrize(("distribution", "at_most"), [("normal", 1.13), ("log-normal", 1.17)])
+@pytest.mark.parametrize(("distribution", "at_most"), [("normal", 1.13), ("log-normal", 1.18)])
 def test_slowest_of_8_ranks_with_half_the_samples(distribution, at_most):
-    """Fewer samples leave less choice. Dealt to the idlest rank and cut greedily: 1.5; 2.1."""
+    """Fewer samples leave less choice. Dealt to the idlest rank and cut greedily: 1.5; 2.1.
+
+    Over draws the figures have means of 1.115 and 1.161, and standard deviations of 0.003.
+    """
     assert slowest_rank(make_lengths(distribution), 8, 64, 8192) <= at_most
 
 

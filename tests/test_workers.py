@@ -43,6 +43,8 @@ def texts(tmp_path):
 
 def test_64_micro_batches_need_no_64_files(tiny, tmp_path, texts):
     """Catches tensors in what a worker sends: each is an open file, and Ubuntu's default is 1024 of them."""
+    # max_tokens of 1 makes each entry a micro-batch of its own
+    many = ["--grad_accum=64", "--max_tokens=1", "--max_steps=2"]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
     try:
@@ -50,12 +52,12 @@ def test_64_micro_batches_need_no_64_files(tiny, tmp_path, texts):
             [
                 sys.executable,
                 "trainer.py",
-                *flags(tiny, tmp_path / "out", texts, "--grad_accum=64", "--max_steps=2"),
+                *flags(tiny, tmp_path / "out", texts, *many),
             ],
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=600,
         )
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

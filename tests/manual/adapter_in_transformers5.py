@@ -327,7 +327,8 @@ def main():
     parser.add_argument("folder", type=Path, nargs="?", help="what validate_pipeline.py --keep left")
     parser.add_argument("--transformers", default=transformers5.DEFAULT_VERSION, metavar="VERSION")
     args = parser.parse_args()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # float32 on a CPU in every half
+    # Every half in float32 on a CPU, in one thread: with more, sums and thus codes can come out otherwise
+    os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         transformers5.install(args.transformers, work / "packages")

@@ -392,12 +392,14 @@ def train(data: Path, checkpoint: Path) -> list[float]:
 def check_training(tiny: Path, back: Path):
     """Yield the row of training on the original and on the converted checkpoint.
 
-    The first losses differ where codes do, of which a hundredth may (check_codes).
+    The first losses differ where codes do, of which a hundredth may (check_codes): 7 of 664 labels. Each
+    changes its label's loss by 3 * sqrt(2), as logits have a standard deviation of 3: the mean by 0.017. The
+    bound is ten times that.
     """
     expected, found = train(tiny, tiny), train(tiny, back)
     yield (
         "Training",
-        abs(found[0] / expected[0] - 1) < 0.01,
+        abs(found[0] - expected[0]) < 0.17,
         (f"{len(found)} steps, exit code 0; first loss {found[0]:.6f}, on the original {expected[0]:.6f}"),
     )
 

@@ -18,7 +18,7 @@ import trainer
 
 def run_rank(rank, world_size, port, runs):
     """What torchrun tells a rank, then the runs."""
-    signal.alarm(300)  # a rank that waits for ever ends by it
+    signal.alarm(600)  # a rank that waits for ever ends by it
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
