@@ -202,7 +202,7 @@ def train(args: argparse.Namespace) -> int:  # noqa: C901, as it is one story
     if rank == 0:
         board = SummaryWriter(args.output_dir / "runs", purge_step=state["step"] + 1)
         print(f"device: {device}, base in {settings['precision']}, max_tokens: {args.max_tokens}")
-        print(f"{total_steps} steps of {samples_per_step} of {len(lengths)} entries; under 100 teach little")
+        print(f"{total_steps} steps of {samples_per_step} samples; a few hundred are wanted (not measured)")
     # A run is one stream of samples, a permutation by (seed, epoch) for each epoch; each step takes the next
     epochs = range(math.ceil(total_steps * samples_per_step / len(lengths)))
     orders = [np.random.default_rng((args.seed, epoch)).permutation(len(lengths)) for epoch in epochs]

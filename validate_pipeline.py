@@ -1,7 +1,7 @@
 """Validation: prove the pipeline on this machine, look at your data before you pay, compare adapters.
 
 python validate_pipeline.py [--keep DIR]         train a tiny random model, check it all; leave it in DIR
-python validate_pipeline.py FLAGS                preflight for trainer.py's FLAGS (on a CPU, 3.5 s a clip)
+python validate_pipeline.py FLAGS                preflight for trainer.py's FLAGS (on a CPU, 4 s a clip)
 python validate_pipeline.py FLAGS --adapter O... losses of base and adapters, and a page to hear them
 """
 
@@ -170,7 +170,7 @@ def preflight(args: argparse.Namespace, device: torch.device) -> None:
         total = args.max_steps or math.ceil(args.epochs * len(lengths) / samples)
         steps = f"{total:,} steps in all, {len(lengths) / samples:,.1f} an epoch of {samples} samples"
         report(f"{gpus} GPU(s)", f"{steps}, about {timedelta(seconds=round(seconds / gpus))} an epoch")
-    report("", "times by the largest micro-batch; under some hundred steps little is learned (not measured)")
+    report("", "times by the largest micro-batch; under a few hundred steps teach little (not measured)")
     print("ready for trainer.py with the same options")
 
 

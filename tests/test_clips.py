@@ -232,6 +232,7 @@ def test_a_flac_of_unknown_length_gets_a_command_that_mends_it(tmp_path):
 def test_the_trainer_takes_whole_clips_and_refuses_halves(tmp_path, kind):
     """What it checks, of clips that did not come by make_manifests. Nothing tells it how long an Ogg is."""
     path = make(tmp_path, kind, 1.337)
+    # To the bit: the same calls, in one thread
     assert np.array_equal(dataset.load_waveform(str(path), 24_000), librosa.load(path, sr=24_000)[0])
     content = make(tmp_path, kind).read_bytes()
     path = save(tmp_path / f"cut.{KINDS[kind][0]}", content[: len(content) // 2])

@@ -3,13 +3,14 @@ loss as that of the right one, which passes (in test_readme.py).
 """
 
 import json
+import math
 
 import pytest
 
 from tests import acceptance
 from tests.support import launcher
 
-LEARNED = 0.1  # of a loss, so that a target has a probability of 90%; before the training it is over 20
+LEARNED = math.log(2)  # a loss at which a target is as likely as all else; before the training it is over 20
 
 # Every label one position later: the trainer's shift then compares logits and labels at the same position,
 # and that is the loss of known trainers for this model.

@@ -1,6 +1,6 @@
 """A step's plan: which samples make a step, which rank computes which of them, and in which micro-batches.
 
-Property-based: hypothesis draws the same examples everywhere. The last tests hold the figures of DESIGN.md.
+Property-based: hypothesis draws the same examples everywhere. The last tests hold what padding costs.
 """
 
 import itertools

@@ -204,7 +204,7 @@ def test_steps_in_all(tiny, entries):
     code, told = preflight(tiny, entries, "--epochs=7", "--batch_size=2", "--grad_accum=1")
     assert code == 0 and "1 GPU(s)    11 steps in all, 1.5 an epoch of 2 samples, " in told
     assert "8 GPU(s)    2 steps in all, 0.2 an epoch of 16 samples, " in told
-    assert "under some hundred steps little is learned (not measured)\n" in told
+    assert "under a few hundred steps teach little (not measured)\n" in told
     code, told = preflight(tiny, entries, "--max_steps=99")
     assert code == 0 and told.count(" 99 steps in all, ") == 2
 

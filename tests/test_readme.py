@@ -23,7 +23,7 @@ import validate_pipeline
 from dataset import load_manifest
 from tests import acceptance
 from tests.manual import speak
-from tests.support import tiny_checkpoint
+from tests.support import launcher, tiny_checkpoint
 from tests.test_controls import LEARNED
 
 ROOT = Path(__file__).parent.parent
@@ -239,7 +239,8 @@ def test_figures_of_the_run(clone, step_by_step):
     [base] = [line.split() for line in step_by_step.stdout.splitlines() if re.match(r"base +\d", line)]
     tiny_base = re.search(r"the tiny base's ([\d.]+\d)\.", WORDS)
     # Another processor may choose other codes, of a hundredth of the 664 labels. Each changes its label's
-    # loss by 3 * sqrt(2), as logits have a standard deviation of 3, and their mean by 0.017; ten times that
+    # loss by 3 * sqrt(2), up or down, as logits have a standard deviation of 3: the mean changes by
+    # 3 * sqrt(2) * sqrt(7) / 664 = 0.017; ten times that
     for printed, found in ((told[1], first), (tiny_base[1], float(base[2]))):
         assert float(printed) == pytest.approx(found, abs=0.05 + 0.17)
     # 60 steps at a high learning rate enlarge each rounding. Over eight other seeds it was 0.026 to 0.089,
@@ -268,7 +269,11 @@ def test_the_script_has_the_pages_values():
 
 
 def test_the_answer_is_heard(clone, step_by_step):
-    """speak.py as printed, in a shell that knows nothing of tiny's HuBERT: the sound of the page."""
+    """speak.py as printed, in a shell that knows nothing of tiny's HuBERT: the sound of the page.
+
+    To the byte, though merged weights have sums in another order: logits differ by 1e-5, and of a few hundred
+    draws none is as near to the border between two codes.
+    """
     folder, environment = clone
     done = run_in(folder, environment, "bash", "-e", "-c", SPEAK_TINY)
     assert done.returncode == 0, done.stderr
@@ -279,9 +284,10 @@ def test_the_answer_is_heard(clone, step_by_step):
 
 def test_the_wanted_text_is_said(clone, step_by_step):
     """With --text the first entry's voice says the third's text; its clip has 1.0 s."""
-    folder, environment = clone
     [option] = re.findall(r'With `(--text ".+?")` the voice', WORDS)
-    done = run_in(folder, environment, "bash", "-e", "-c", f"{SPEAK_TINY.strip()} {option} --output said.wav")
+    command = shlex.split(f"{SPEAK_TINY.strip()} {option} --output said.wav")
+    options = command[command.index("--base_ckpt") :]
+    done = launcher.run("tests/manual/speak.py", *options, cwd=clone[0])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("said.wav has 1.0 s: <|audio_out_bos|>")
 

@@ -112,7 +112,7 @@ def test_each_line_of_the_table_is_accounted_for(newcomer):
         "       left out as a header: ['file', 'text', 'speaker']",
         "       clips by speaker: a 4, b 4, c 1",
         "     8 entries: 6 in train.json, 2 in held_out.json",
-        "    16 lines in all; the second layout",
+        "    16 lines in all",
         "       few to compare checkpoints on: --one_in 4 holds out about 2",
     ]
     for reason, where in numbers.items():

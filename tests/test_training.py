@@ -117,6 +117,7 @@ def test_checkpointing_changes_memory_alone(tiny, open_data, entries, precision)
         losses.sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         kept.append(number)
+        # Numbers of saved values, which no processor changes
         if not flags and precision == "bf16":
             for module in model.modules():
                 module.cast_input_dtype_enabled = True

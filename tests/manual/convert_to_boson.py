@@ -393,8 +393,8 @@ def check_training(tiny: Path, back: Path):
     """Yield the row of training on the original and on the converted checkpoint.
 
     The first losses differ where codes do, of which a hundredth may (check_codes): 7 of 664 labels. Each
-    changes its label's loss by 3 * sqrt(2), as logits have a standard deviation of 3: the mean by 0.017. The
-    bound is ten times that.
+    changes its label's loss by 3 * sqrt(2), up or down, as logits have a standard deviation of 3: the mean
+    by 3 * sqrt(2) * sqrt(7) / 664 = 0.017. The bound is ten times that.
     """
     expected, found = train(tiny, tiny), train(tiny, back)
     yield (

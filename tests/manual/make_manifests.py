@@ -294,7 +294,7 @@ def main():
     tell_unnamed(args.folder, clips, unused)
     train, held_out = (len(entries) for entries in manifests.values())
     print(f"{train + held_out:6} entries: {train} in train.json, {held_out} in held_out.json")
-    print(f"{train + held_out + sum(map(len, unused.values())):6} lines in all; the second layout")
+    print(f"{train + held_out + sum(map(len, unused.values())):6} lines in all")
     if not train:
         sys.exit("error: nothing to train; train.json and held_out.json are as they were")
     for name, entries in manifests.items():

@@ -76,7 +76,7 @@ def speak(args) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line. Its defaults are what the comparison's page is made with."""
+    """Read the command line. The defaults are the comparison's, but for the longest babble."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--base_ckpt", default=lora.BASE, help="a merged folder, or the base (default: the hub's)"
