@@ -176,7 +176,7 @@ def open_output(output_dir: Path, wanted: str | None) -> Path | None:
         raise UserError(f"--resume_from_checkpoint {chosen} is no checkpoint; the newest is {newest}")
     adapters = *output_dir.glob(ADAPTER_WEIGHTS), *output_dir.glob(f"checkpoint-*/{ADAPTER_WEIGHTS}")
     if (newest or adapters) and not (chosen and newest and newest.samefile(chosen)):
-        raise UserError(f"--output_dir {output_dir} holds a run: choose another, or resume from its newest")
+        raise UserError(f"{output_dir} holds a run: use another folder, or --resume_from_checkpoint auto")
     return chosen
 
 

@@ -47,7 +47,7 @@ def saved(tmp_path, lora_model, optimizer):
 def test_results_are_not_trained_over(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    with pytest.raises(UserError, match="holds a run: choose"):
+    with pytest.raises(UserError, match="holds a run: use another folder, or --resume_from_checkpoint auto"):
         lora.open_output(tmp_path, None)
 
 
