@@ -226,6 +226,8 @@ def test_a_flac_of_unknown_length_gets_a_command_that_mends_it(tmp_path):
         UserError, match=f"{path}: its header does not tell .* as wav: ffmpeg -i {path} NEW.wav"
     ):
         make_manifests.load_whole(str(path), 24_000)
+    with pytest.raises(UserError, match="its header tells no length"):
+        dataset.load_waveform(str(path), 24_000)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -75,9 +75,7 @@ def make_samples(folder, count, seed=0):
         entries.append(tiny_checkpoint.voice_cloning_entry(text, f"reference{i}", f"target{i}"))
     entries = dataset.MANIFEST.validate_json(json.dumps(entries))
     for entry in entries:
-        dataset.complete_in_place(
-            entry, ""
-        )  # which makes contents lists; that the clips have no file is right
+        dataset.complete_in_place(entry, "")  # makes contents lists; that the clips have no file is right
     return entries, clips
 
 

@@ -23,12 +23,10 @@ import librosa
 import numpy as np
 import soundfile
 
-from dataset import UserError, user_error
+from dataset import SIZES, UserError, user_error
 
 # What other tables have between their columns
 DELIMITERS = {"\t": "tabs", ";": "semicolons", ",": "commas"}
-# In libsndfile's log: a size that a header tells, and the true one
-SIZES = re.compile(r"(?i)^ *(?:rif[fx]|riff size|form|data|data size) *: +(\d+) \(should be (\d+)\)", re.M)
 # The first bytes of a file, and of an mp3's frame: seen again later, the file is several files joined
 STARTS = {"OGG": b"OggS\0\2", "FLAC": b'fLaC\0\0\0"', "RF64": b"WAVEds64"}
 STARTS |= dict.fromkeys(("WAV", "WAVEX"), b"WAVEfmt ")

@@ -6,6 +6,10 @@ import torch
 
 # Of the tiny checkpoint: each output of its FFN is a sum of 512 products, and it has two layers
 TINY = {"length": 512, "layers": 2}
+# Of the mean loss of its first step, where another processor chooses other codes, of a hundredth of the 664
+# labels. Each changes its label's loss by 3 * sqrt(2), up or down, as logits have a standard deviation of 3
+# (tiny_checkpoint.make_model): the mean changes by 0.017. The factor of ten is as below
+OTHER_CODES = 10 * 3 * math.sqrt(2) * math.sqrt(0.01 * 664) / 664
 
 
 def rounding_bound(length: int, layers: int = 1, scale: float = 1.0, dtype=torch.float32) -> float:
